@@ -1,0 +1,233 @@
+"""What a person chooses, as frozen values: each checks itself and goes to JSON and back.
+
+None means 'the default of the data set, the backbone or the task'. `resolve` (extraction.plan, training.run)
+fills every None; only resolved configurations are stored.
+"""
+
+import dataclasses
+import json
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from .errors import ConfigError
+
+NoiseForm = Literal["flow", "vp"]
+DecoderName = Literal["deeplabv3plus", "dpt", "linear"]
+
+
+class Config:
+    """Base of all configurations: JSON, dotted overrides, one error for every wrong field."""
+
+    __slots__ = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values; tuples become lists."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))  # type: ignore[call-overload]
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Self:
+        """Build from JSON values. Raises ConfigError on an unknown key or a value of the wrong type."""
+        return typing.cast(Self, _build(cls, values, where=cls.__name__))
+
+    def override(self, assignments: Mapping[str, str]) -> Self:
+        """Apply `--set` assignments such as `{"aggregator.layer_scale": "1e-4"}`; values are JSON or bare text."""
+        values = self.to_json()
+        for dotted, text in assignments.items():
+            node, *parents = values, *dotted.split(".")[:-1]
+            for parent in parents:
+                if not isinstance(node.get(parent), dict):
+                    raise ConfigError(f"--set {dotted}: {type(self).__name__} has no group {parent!r}")
+                node = node[parent]
+            node[dotted.split(".")[-1]] = _parse_text(text)
+        return type(self).from_json(values)
+
+
+def _parse_text(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text.split(",") if "," in text else text
+
+
+def _build(cls: type[Any], values: Mapping[str, Any], where: str) -> Any:
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    unknown = sorted(set(values) - set(fields))
+    if unknown:
+        raise ConfigError(f"{where} has no field {unknown[0]!r}; its fields are {', '.join(fields)}")
+    hints = typing.get_type_hints(cls)
+    return cls(**{name: _convert(hints[name], value, f"{where}.{name}") for name, value in values.items()})
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    """Turn a JSON value into what a field's annotation says, or raise a ConfigError that names the field."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        if value is None and type(None) in arguments:
+            return None
+        return _convert(next(a for a in arguments if a is not type(None)), value, where)
+    if origin is Literal:
+        if value in arguments:
+            return value
+        raise ConfigError(f"{where} must be one of {', '.join(map(str, arguments))}, got {value!r}")
+    if origin is tuple:
+        items = [value] if isinstance(value, (str, int, float)) else value
+        return tuple(_convert(arguments[0], item, where) for item in items)
+    if origin in (dict, Mapping):
+        return {key: _convert(arguments[1], item, where) for key, item in dict(value).items()}
+    if dataclasses.is_dataclass(hint):
+        return value if isinstance(value, hint) else _build(typing.cast(type, hint), value, where)  # type: ignore[arg-type]
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint is str and isinstance(value, Path):
+        return str(value)
+    if hint in (int, float, str, bool) and type(value) is not hint:
+        raise ConfigError(f"{where} must be {hint.__name__}, got {value!r}")
+    return value
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NoiseConfig(Config):
+    """How a clean latent is noised. `flow`: x_t = (1-t) x_0 + t eps; `vp`: the paper's Eq. 1 with alpha_t = 1-t."""
+
+    form: NoiseForm = "flow"
+    seed: int = 0
+    shared: bool = True
+    """One noise for all timesteps of a sample; False draws timestep number j with draw number j."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExtractConfig(Config):
+    """Stage one: which pictures, which backbone, what is captured, where it goes."""
+
+    dataset: str = "scenes"
+    data_root: str | None = None
+    """Folder of the data set's files; `scenes` needs none."""
+    splits: tuple[str, ...] | None = None
+    limit: int | None = None
+    """The first N samples of every split."""
+    prompts: str = "empty"
+    """`empty`, a kind that the data set knows (`scene`, `oracle`), or a JSONL file of {sample_id, prompt}."""
+    backbone: str | None = None
+    """A name of the registry or a folder in diffusers' format."""
+    layers: tuple[str, ...] | None = None
+    """Block addresses such as `single.4` or `double.2`."""
+    timesteps: tuple[float, ...] | None = None
+    """t in [0, 1], 1 = pure noise."""
+    concepts: Mapping[str, tuple[str, ...]] | None = None
+    """Concept vocabularies by name."""
+    resolution: int | None = None
+    """Side of the square network input, in pixels."""
+    guidance: float | None = None
+    text_length: int | None = None
+    """Tokens of the T5 prompt."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    device: str = "auto"
+    batch_size: int | None = None
+    """Samples a forward pass; all timesteps of a sample go in one batch."""
+    partition_size: int | None = None
+    """Samples a unit of work and of redo; a multiple of the batch size."""
+    noise: NoiseConfig = field(default_factory=NoiseConfig)
+    codec: Literal["zstd", "lz4"] = "zstd"
+    store: str | None = None
+    """Folder of the store; data/<dataset>/<backbone> (or under $MMDIFF_DATA) by default."""
+
+    def __post_init__(self) -> None:
+        for t in self.timesteps or ():
+            _require(0.0 <= t <= 1.0, f"timesteps lie in [0, 1] (1 = pure noise), got {t:g}")
+        for name in ("timesteps", "layers", "splits"):
+            values = getattr(self, name)
+            _require(values is None or len(values) > 0, f"{name} must not be empty")
+            _require(values is None or len(set(values)) == len(values), f"{name} repeats a value: {values}")
+        for name in ("limit", "resolution", "batch_size", "partition_size", "text_length"):
+            value = getattr(self, name)
+            _require(value is None or value > 0, f"{name} must be positive, got {value}")
+        if self.partition_size is not None and self.batch_size is not None:
+            _require(
+                self.partition_size % self.batch_size == 0,
+                f"partition_size must be a multiple of batch_size, got {self.partition_size} and {self.batch_size}",
+            )
+        for vocabulary, words in (self.concepts or {}).items():
+            _require(len(words) > 1, f"concept vocabulary {vocabulary!r} needs at least two words, got {list(words)}")
+            _require(len(set(words)) == len(words), f"concept vocabulary {vocabulary!r} repeats a word")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AggregatorConfig(Config):
+    """The token aggregation module. None takes the preset's reading of the paper (docs/paper-notes.md)."""
+
+    preset: Literal["appendix_f", "section_3_1"] = "appendix_f"
+    width: int | None = None
+    """D; by default the backbone's (768 for FLUX.1-dev)."""
+    depth: int = 3
+    heads: int = 8
+    mlp_ratio: float = 4.0
+    dropout: float = 0.1
+    layer_scale: float | None = None
+    norm: Literal["before_projection", "after_projection"] | None = None
+    skip: Literal["gated", "plain"] | None = None
+    cbam: Literal["after_skip", "before_skip"] | None = None
+    weights_on: Literal["transformed", "projected"] | None = None
+    """What the per-pixel weights multiply: the transformer's outputs or the projected features."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EmaConfig(Config):
+    """Exponential moving average of the weights (Paper: Sec. 3.4, beta 0.999)."""
+
+    beta: float = 0.999
+    warmup: bool = True
+    """beta_n = min(beta, (1 + n) / (10 + n)); False keeps beta constant."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig(Config):
+    """Stage two: which task, from which stores, which of the stored features, which decoder, how long."""
+
+    task: str
+    stores: tuple[str, ...] = ()
+    """Folders; empty means the only store under data/ that has the labels."""
+    run: str | None = None
+    """Folder of the run; runs/<task>-<dataset>-<backbone>-<n> by default."""
+    source: Literal["hidden_states", "latents"] = "hidden_states"
+    """`latents` gives the heads the clean VAE latent instead of the transformer's features: a baseline."""
+    layers: tuple[str, ...] | None = None
+    timesteps: tuple[float, ...] | None = None
+    concepts: str | None = None
+    """A stored vocabulary, or `none`; by default the task's own."""
+    discriminative: tuple[str, ...] = ()
+    """Stored discriminative features to concatenate."""
+    aggregator: AggregatorConfig = field(default_factory=AggregatorConfig)
+    decoder: DecoderName | None = None
+    decoder_width: int | None = None
+    steps: int | None = None
+    batch_size: int | None = None
+    learning_rate: float = 1e-4
+    decoder_rate: float = 0.5
+    """The decoder's learning rate as a share of `learning_rate` (Paper: Sec. 3.4)."""
+    weight_decay: float = 0.01
+    ema: EmaConfig = field(default_factory=EmaConfig)
+    holdout: float = 0.1
+    """Share of the training split that picks the best checkpoint and is never trained on."""
+    limit: int | None = None
+    """The first N samples of the training split."""
+    seed: int = 0
+    device: str = "auto"
+    precision: Literal["float32", "bfloat16"] = "float32"
+
+    def __post_init__(self) -> None:
+        for t in self.timesteps or ():
+            _require(0.0 <= t <= 1.0, f"timesteps lie in [0, 1] (1 = pure noise), got {t:g}")
+        for name in ("steps", "batch_size", "limit", "decoder_width"):
+            value = getattr(self, name)
+            _require(value is None or value > 0, f"{name} must be positive, got {value}")
+        _require(0.0 <= self.holdout < 1.0, f"holdout must lie in [0, 1), got {self.holdout:g}")
+        _require(self.learning_rate > 0, f"learning_rate must be positive, got {self.learning_rate:g}")

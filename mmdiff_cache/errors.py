@@ -1,0 +1,58 @@
+"""The exception tree. A user's fault is one family and prints as one line, never as a traceback.
+
+    MMDiffError(Exception)             base; `exit_code` is what the command line returns
+    |-- ConfigError(ValueError)        2  a wrong argument, name, range or combination
+    |-- DataError(ValueError)          2  a picture, label, prompt or data-set tree that cannot be used
+    |-- BackboneError(RuntimeError)    2  weights missing, or a model that cannot be tapped
+    |-- StoreError(RuntimeError)       2  a store that is missing, foreign, newer or of another identity
+    |   |-- DamageError                1  bytes that do not match their record
+    |   `-- StoreIncomplete            2  samples that were never finished
+    |-- StorageError(OSError)          4  disk full, no permission, input/output error
+    `-- CheckpointError(RuntimeError)  2  a checkpoint that does not fit the store, the task or the code
+
+A message names the requirement, the value and the remedy:
+`layer single.41 is not a block of flux-dev (single.0..single.37); see 'mmdiff-cache inspect STORE'`.
+Arguments equal `args`, so that every error can be pickled and cross a process.
+"""
+
+
+class MMDiffError(Exception):
+    """Base of all errors a user can act on."""
+
+    exit_code = 2
+
+
+class ConfigError(MMDiffError, ValueError):
+    """A wrong argument, name, range or combination."""
+
+
+class DataError(MMDiffError, ValueError):
+    """A picture, label, prompt or data-set tree that cannot be used."""
+
+
+class BackboneError(MMDiffError, RuntimeError):
+    """Backbone weights are missing, or the model cannot be tapped."""
+
+
+class StoreError(MMDiffError, RuntimeError):
+    """A store is missing, foreign, newer than this code, or has another identity."""
+
+
+class DamageError(StoreError):
+    """Bytes in a store do not match their record."""
+
+    exit_code = 1
+
+
+class StoreIncomplete(StoreError):
+    """Samples were asked for that were never finished."""
+
+
+class StorageError(MMDiffError, OSError):
+    """The file system refuses: disk full, no permission, input/output error."""
+
+    exit_code = 4
+
+
+class CheckpointError(MMDiffError, RuntimeError):
+    """A checkpoint does not fit the store, the task or this code."""

@@ -1,0 +1,100 @@
+"""Values that cross packages: samples, labels, noise keys, batches of features.
+
+Arrays here are numpy, so that the store and the data sets need no torch.
+Axis letters: B sample, V variant, T timestep, L layer, h w token grid, C backbone channels, K concepts, H W pixels.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+LabelKind = Literal["classes", "mask", "depth"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LabelSpec:
+    """What the values of one label set mean.
+
+    `classes` maps are uint8 ids, `mask` maps are uint8 0 or 1, `depth` maps are float32 metres.
+    `ignore` is the id that no loss and no metric counts; for depth, values outside `valid_range` are not counted.
+    """
+
+    name: str
+    kind: LabelKind
+    classes: tuple[str, ...] = ()
+    ignore: int | None = None
+    valid_range: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sample:
+    """One picture of a data set with its labels, at the size in which it was distributed."""
+
+    sample_id: str
+    image: NDArray[np.uint8]
+    """[H W 3], RGB."""
+    prompts: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Prompts that the data set itself knows, by kind: `scene`, `oracle`. The empty prompt is not listed."""
+    labels: Mapping[str, NDArray[np.generic]] = field(default_factory=dict[str, NDArray[np.generic]])
+    """Label maps [H W] by name, as the data set's LabelSpec of that name describes them."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PreparedSample:
+    """A sample as it enters the backbone and the store: picture and labels at network size, and the original labels."""
+
+    sample_id: str
+    image: NDArray[np.uint8]
+    """[H W 3] at network size."""
+    prompt: str
+    labels: Mapping[str, NDArray[np.generic]]
+    """[H W] at network size, resized by nearest neighbour."""
+    original_labels: Mapping[str, NDArray[np.generic]]
+    """[H0 W0] as distributed; evaluation happens there."""
+    content_hash: str
+    """SHA-256 (hex) of the original picture and labels: tells whether a source file changed."""
+
+
+STATISTICS = ("mean", "rms", "max_abs", "entropy", "clipped", "flushed", "non_finite")
+"""The last axis of `FeatureBatch.audit`, per (sample, variant, timestep, layer) map, taken in float32 before the cast.
+
+mean, rms and max_abs are over all tokens and channels; entropy is that of the token norms' histogram, in nats
+(docs/cache-format.md gives the bins); clipped, flushed and non_finite are counts of values beyond +-65504,
+of non-zero values that float16 turns into zero, and of NaN or infinite values.
+"""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FeatureBatch:
+    """What one pass of the backbone yields for B samples; nothing in it is projected or normalised."""
+
+    hidden_states: NDArray[np.float16]
+    """[B V T L h w C], the outputs of the tapped blocks, image tokens only."""
+    concept_scores: Mapping[str, NDArray[np.float32]]
+    """[B V T block K h w] per vocabulary: raw o_x . o_c of every double block that was run (Paper: Sec. 3.2)."""
+    concept_maps: Mapping[str, NDArray[np.float32]]
+    """[B V K h w] per vocabulary: softmax over concepts, then the mean over default blocks and all timesteps (Eq. 4)."""
+    latents: NDArray[np.float32]
+    """[B h w P], the clean latent before noising, in tokens: the baseline that needs no transformer."""
+    audit: NDArray[np.float32]
+    """[B V T L statistic], see STATISTICS."""
+
+
+def noise_key(seed: int, sample_id: str, draw: int) -> tuple[int, int]:
+    """The 128-bit Philox key of one sample's noise, as two unsigned 64-bit words.
+
+    It depends on the run's seed, the sample's id and the number of the draw alone, so the noise is the same
+    whatever the batch, the worker or the order. docs/cache-format.md states the same rule in words.
+    """
+    digest = hashlib.sha256(f"mmdiff-cache noise 1\0{seed}\0{sample_id}\0{draw}".encode()).digest()
+    return int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:16], "little")
+
+
+def draw_noise(seed: int, sample_id: str, draw: int, shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """Standard normal noise in float32, drawn on the CPU in the shape of the unpacked latent [c H/f W/f]."""
+    key = np.array(noise_key(seed, sample_id, draw), dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=key)).standard_normal(shape, dtype=np.float32)
