@@ -1,0 +1,24 @@
+"""What every data set offers: the order of its samples, and one sample at a time."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import ClassVar
+
+from mmdiff_cache.records import LabelSpec, Sample
+
+
+class Dataset(ABC):
+    """A collection of pictures in a fixed order, some of them with labels.
+
+    The order of `sample_ids` is part of a store's layout, so it depends on the files alone, never on the file system's order.
+    """
+
+    label_specs: ClassVar[tuple[LabelSpec, ...]] = ()
+
+    @abstractmethod
+    def sample_ids(self, split: str) -> Sequence[str]:
+        """The ids of a split in order; unique within it. Reads no picture. Raises DataError for a tree that cannot be used."""
+
+    @abstractmethod
+    def load(self, split: str, index: int) -> Sample:
+        """Read one sample. Raises DataError naming the file when the picture or a label cannot be used."""

@@ -1,0 +1,73 @@
+"""Every data set by name, with the defaults that belong to it.
+
+A new one is a file beside this one, with a `Dataset` and its `open` function, and an entry here.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from mmdiff_cache.datasets import images, scenes
+from mmdiff_cache.datasets.base import Dataset
+from mmdiff_cache.errors import ConfigError
+
+SEGMENTATION_CONCEPTS = ("object", "background", "detail", "edges")
+SALIENCY_CONCEPTS = ("background", "object", "edges", "salient", "contour")
+DEPTH_CONCEPTS = ("depth", "surface", "object", "near", "far")
+# The best rows of the paper's comparison of concept sets. Paper: App. E, Tab. 11-13.
+CONCEPTS: Mapping[str, tuple[str, ...]] = {
+    "segmentation": SEGMENTATION_CONCEPTS,
+    "saliency": SALIENCY_CONCEPTS,
+    "depth": DEPTH_CONCEPTS,
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DatasetEntry:
+    """One data set: how to open it, and what `extract` takes when nothing else is said."""
+
+    name: str
+    summary: str
+    open: Callable[[str | None, int], Dataset]
+    """Called with the folder of its files (or None) and the side of the network input in pixels."""
+    splits: Mapping[str, int | None]
+    """Default splits with their numbers of samples; None means all there are."""
+    backbone: str
+    concepts: Mapping[str, tuple[str, ...]]
+    needs_root: bool
+    prompt_kinds: tuple[str, ...] = ()
+    """Prompts that the data set itself knows, beside the empty one."""
+    resolution: int | None = None
+    """Side of the network input in pixels; None takes the backbone's."""
+
+
+DATASETS: Mapping[str, DatasetEntry] = {
+    entry.name: entry
+    for entry in (
+        DatasetEntry(
+            name="scenes",
+            summary="rendered solids on the ground: class and material masks, salient object, metric depth",
+            open=scenes.open_scenes,
+            splits=scenes.SIZES,
+            backbone="flux-scenes",
+            concepts=CONCEPTS,
+            needs_root=False,
+            prompt_kinds=("scene", "oracle"),
+        ),
+        DatasetEntry(
+            name="images",
+            summary="any folder of pictures, without labels",
+            open=images.open_folder,
+            splits={images.SPLIT: None},
+            backbone="flux-dev",
+            concepts=CONCEPTS,
+            needs_root=True,
+        ),
+    )
+}
+
+
+def find_dataset(name: str) -> DatasetEntry:
+    """The entry of a data set. Raises ConfigError naming those there are."""
+    if name not in DATASETS:
+        raise ConfigError(f"data set {name!r} is not known; there are {', '.join(sorted(DATASETS))}")
+    return DATASETS[name]

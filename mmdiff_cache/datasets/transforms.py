@@ -1,0 +1,68 @@
+"""From a sample as distributed to the square that enters the backbone and the store."""
+
+import hashlib
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from mmdiff_cache.errors import DataError
+from mmdiff_cache.records import PreparedSample, Sample
+
+FIT = "squash"
+"""How a picture is brought to the square network input: both sides scaled on their own, nothing cut off or added."""
+
+
+def prepare(sample: Sample, resolution: int, prompt: str) -> PreparedSample:
+    """Scale picture and labels to `resolution` x `resolution` pixels; the original labels go along untouched.
+
+    Pictures are filtered (Lanczos, with a support that grows when shrinking, so nothing aliases); labels take the nearest
+    pixel. A sample that already has the size is passed through unchanged. Raises DataError for a label of another size
+    than its picture.
+    """
+    for name, label in sample.labels.items():
+        if label.shape != sample.image.shape[:2]:
+            raise DataError(
+                f"{sample.sample_id}: label {name!r} is {_size(label)} but its picture is {_size(sample.image)}; "
+                "they must have the same size"
+            )
+    return PreparedSample(
+        sample_id=sample.sample_id,
+        image=resize_picture(sample.image, resolution),
+        prompt=prompt,
+        labels={name: resize_nearest(label, resolution) for name, label in sample.labels.items()},
+        original_labels=dict(sample.labels),
+        content_hash=content_hash(sample.image, sample.labels),
+    )
+
+
+def resize_picture(image: NDArray[np.uint8], resolution: int) -> NDArray[np.uint8]:
+    """uint8 [H W 3] -> [resolution resolution 3]."""
+    if image.shape[:2] == (resolution, resolution):
+        return image
+    return np.asarray(Image.fromarray(image).resize((resolution, resolution), Image.Resampling.LANCZOS))
+
+
+def resize_nearest(label: NDArray[np.generic], resolution: int) -> NDArray[np.generic]:
+    """[H W] -> [resolution resolution], each new pixel taking the old one that lies under its centre."""
+    rows, columns = (_centres(length, resolution) for length in label.shape)
+    return label[rows[:, None], columns[None, :]]
+
+
+def _centres(length: int, resolution: int) -> NDArray[np.int64]:
+    # (2 i + 1) length / (2 resolution), rounded down, in integers: the same on every machine.
+    return (2 * np.arange(resolution, dtype=np.int64) + 1) * length // (2 * resolution)
+
+
+def content_hash(image: NDArray[np.uint8], labels: Mapping[str, NDArray[np.generic]]) -> str:
+    """SHA-256 (hex) over name, type, shape and bytes of the picture and then of each label in the order of the names."""
+    digest = hashlib.sha256()
+    for name, array in [("image", image), *sorted(labels.items())]:
+        digest.update(f"{name}\0{array.dtype.str}\0{array.shape}\0".encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
+
+
+def _size(array: NDArray[np.generic]) -> str:
+    return f"{array.shape[1]} x {array.shape[0]}"
