@@ -10,14 +10,18 @@ from mmdiff_cache.records import LabelSpec, Sample
 class Dataset(ABC):
     """A collection of pictures in a fixed order, some of them with labels.
 
-    The order of `sample_ids` is part of a store's layout, so it depends on the files alone, never on the file system's order.
+    The order of `sample_ids` is part of a store's layout, so it depends on the names alone, never on the
+    order in which a file system lists them.
     """
 
     label_specs: ClassVar[tuple[LabelSpec, ...]] = ()
 
     @abstractmethod
     def sample_ids(self, split: str) -> Sequence[str]:
-        """The ids of a split in order; unique within it. Reads no picture. Raises DataError for a tree that cannot be used."""
+        """The ids of a split in order, unique within it; reads no picture.
+
+        Raises ConfigError for an unknown split, DataError for a tree that cannot be used.
+        """
 
     @abstractmethod
     def load(self, split: str, index: int) -> Sample:

@@ -28,7 +28,10 @@ class ImageFolder(Dataset):
         self.root = root
 
     def sample_ids(self, split: str) -> Sequence[str]:
-        """All ids, sorted. Raises DataError for no pictures at all, an unsafe name, or two ids that differ only in case."""
+        """All ids, sorted.
+
+        Raises DataError for no pictures at all, an unsafe name, or two ids that differ only in case.
+        """
         if split != SPLIT:
             raise ConfigError(
                 f"split {split!r} is not one of a folder of pictures; it has one split, {SPLIT!r}"
@@ -48,7 +51,8 @@ class ImageFolder(Dataset):
             twin = folded.setdefault(sample_id.casefold(), sample_id)
             if sample_id in files or twin != sample_id:
                 raise DataError(
-                    f"{path}: its id {sample_id!r} equals that of {files[twin]} but for case or accents; rename one"
+                    f"{path}: its id {sample_id!r} equals that of {files[twin]} but for case or accents; "
+                    "rename one"
                 )
             files[sample_id] = path
         if not files:
@@ -63,7 +67,10 @@ class ImageFolder(Dataset):
 
 
 def open_folder(data_root: str | None, resolution: int) -> ImageFolder:
-    """Open a folder of pictures. Raises ConfigError without a root, DataError for a root that is not a folder."""
+    """Open a folder of pictures, of any size.
+
+    Raises ConfigError without a root, DataError for a root that is not a folder.
+    """
     if data_root is None:
         raise ConfigError("data set 'images' needs the folder of its pictures: --data-root DIR")
     root = Path(data_root).expanduser()
@@ -73,14 +80,18 @@ def open_folder(data_root: str | None, resolution: int) -> ImageFolder:
 
 
 def safe_id(relative: Path) -> str:
-    """The id of a file: its path below the root in Unicode NFC. Raises DataError for a name that no store should carry."""
+    """The id of a file: its path below the root in Unicode NFC.
+
+    Raises DataError for a name with characters that no store, page or terminal should carry.
+    """
     sample_id = unicodedata.normalize("NFC", relative.as_posix())
     bad = next(
         (c for c in sample_id if c == "\\" or unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp")), None
     )
     if bad is not None:
         raise DataError(
-            f"file name {sample_id!r} holds the character {bad!r}, which is not safe in an id; rename the file"
+            f"file name {sample_id!r} holds the character {bad!r}, which is not safe in an id; "
+            "rename the file"
         )
     return sample_id
 

@@ -17,10 +17,10 @@ ALPHA_MODES = frozenset({"LA", "La", "PA", "RGBA", "RGBa"})
 def read_picture(path: Path) -> NDArray[np.uint8]:
     """Decode a file to uint8 [H W 3], upright as its EXIF orientation says.
 
-    Grey, palette and CMYK become RGB; transparent parts are laid over white; an embedded colour profile is not applied;
-    16-bit RGB keeps its high byte. Refused with a DataError that names the file: pictures of more than 100 megapixels
-    (checked before decoding), 16-bit grey and floating-point ones (their range is not known), animations, and files
-    that are cut off or no pictures at all.
+    Grey, palette and CMYK become RGB; transparent parts are laid over white; an embedded colour profile is
+    not applied; 16-bit RGB keeps its high byte. Refused with a DataError that names the file: pictures of
+    more than 100 megapixels (checked before decoding), 16-bit grey and floating-point ones (their range is
+    not known), animations, and files that are cut off or no pictures at all.
     """
     try:
         with Image.open(path) as picture:

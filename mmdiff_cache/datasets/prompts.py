@@ -17,7 +17,7 @@ ORACLE = "oracle"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PromptRule:
-    """A way to find a sample's prompt. `identity` goes into the store: the rule's name, or the hash of its file."""
+    """A way to find a sample's prompt. `identity` goes into the store: the rule's name or its file's hash."""
 
     kind: str
     identity: str
@@ -49,7 +49,7 @@ class PromptRule:
 def open_prompts(rule: str, kinds: Sequence[str]) -> PromptRule:
     """Understand `--prompts`: `empty`, one of the data set's `kinds`, or a JSONL file of {sample_id, prompt}.
 
-    Raises ConfigError for a rule that is none of these, DataError (with the line number) for a file that cannot be used.
+    Raises ConfigError for a rule that is none of these, DataError (with the line) for a file it cannot use.
     """
     if rule == EMPTY or rule in kinds:
         return PromptRule(kind=rule, identity=rule)
@@ -74,7 +74,7 @@ def _parse(content: bytes, path: Path) -> dict[str, str]:
         sample_id, prompt = _parse_line(raw, where=f"{path}, line {number}")
         if sample_id in table:
             raise DataError(
-                f"{path}, line {number}: sample {sample_id!r} has a prompt already, in line {lines[sample_id]}"
+                f"{path}, line {number}: sample {sample_id!r} already has a prompt (line {lines[sample_id]})"
             )
         table[sample_id], lines[sample_id] = prompt, number
     if not table:

@@ -46,7 +46,7 @@ class RenderedScenes(Dataset):
 
 
 def open_scenes(data_root: str | None, resolution: int) -> RenderedScenes:
-    """Scenes at the size in which they enter the backbone. Raises ConfigError for a root: there are no files."""
+    """Scenes at the size in which they enter the backbone. Raises ConfigError for a root: it has no files."""
     if data_root is not None:
         raise ConfigError(
             f"data set 'scenes' is rendered and has no files; leave out --data-root {data_root}"

@@ -11,20 +11,20 @@ from mmdiff_cache.errors import DataError
 from mmdiff_cache.records import PreparedSample, Sample
 
 FIT = "squash"
-"""How a picture is brought to the square network input: both sides scaled on their own, nothing cut off or added."""
+"""How a picture becomes the square network input: each side scaled on its own, nothing cut off or added."""
 
 
 def prepare(sample: Sample, resolution: int, prompt: str) -> PreparedSample:
     """Scale picture and labels to `resolution` x `resolution` pixels; the original labels go along untouched.
 
-    Pictures are filtered (Lanczos, with a support that grows when shrinking, so nothing aliases); labels take the nearest
-    pixel. A sample that already has the size is passed through unchanged. Raises DataError for a label of another size
-    than its picture.
+    Pictures are filtered (Lanczos, with a support that grows when shrinking, so nothing aliases); labels take
+    the nearest pixel. A sample that already has the size is passed through unchanged. Raises DataError for a
+    label of another size than its picture.
     """
     for name, label in sample.labels.items():
         if label.shape != sample.image.shape[:2]:
             raise DataError(
-                f"{sample.sample_id}: label {name!r} is {_size(label)} but its picture is {_size(sample.image)}; "
+                f"{sample.sample_id}: label {name!r} is {_size(label)}, its picture {_size(sample.image)}; "
                 "they must have the same size"
             )
     return PreparedSample(
@@ -56,7 +56,7 @@ def _centres(length: int, resolution: int) -> NDArray[np.int64]:
 
 
 def content_hash(image: NDArray[np.uint8], labels: Mapping[str, NDArray[np.generic]]) -> str:
-    """SHA-256 (hex) over name, type, shape and bytes of the picture and then of each label in the order of the names."""
+    """SHA-256 (hex) over name, type, shape and bytes of the picture, then of each label in name order."""
     digest = hashlib.sha256()
     for name, array in [("image", image), *sorted(labels.items())]:
         digest.update(f"{name}\0{array.dtype.str}\0{array.shape}\0".encode())
