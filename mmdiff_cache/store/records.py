@@ -1,0 +1,156 @@
+"""Completion records: the only evidence that a sample is in the store.
+
+A record is written last, by atomic rename, when every file it lists is durable. Readers and resuming writers trust
+records, never fill values and never the mere presence of files. Steps: docs/cache-format.md, "Order of writing".
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from ..config import Config
+from ..errors import ConfigError, DamageError
+from .schema import FORMAT_VERSION
+
+State = Literal["done", "failed"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Partition:
+    """A fixed run of consecutive samples `start <= index < stop` of one split: the unit of work and of redo."""
+
+    split: str
+    index: int
+    start: int
+    stop: int
+
+    @property
+    def name(self) -> str:
+        """Name of its record, without the ending."""
+        return f"{self.split}-{self.index:06d}"
+
+    @property
+    def size(self) -> int:
+        """Number of samples; the last partition of a split may be shorter than the others."""
+        return self.stop - self.start
+
+
+def partitions(split: str, samples: int, size: int) -> tuple[Partition, ...]:
+    """Cut a split into partitions; every sample is in exactly one."""
+    return tuple(
+        Partition(split=split, index=index, start=start, stop=min(start + size, samples))
+        for index, start in enumerate(range(0, samples, size))
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SampleEntry(Config):
+    """What became of one sample. A failed one keeps its slot and says why."""
+
+    sample_id: str
+    state: State
+    content_hash: str | None = None
+    """SHA-256 (hex) of the source picture and labels; None when the sample failed."""
+    reason: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FileEntry(Config):
+    """One file of the partition: path from the store's folder, bytes, SHA-256 (hex)."""
+
+    path: str
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Record(Config):
+    """The completion record of one partition. It holds no time, process or host: equal work gives equal bytes."""
+
+    split: str
+    partition: int
+    start: int
+    stop: int
+    identity: str
+    """Fingerprint of the identity (`Manifest.fingerprint`) under which the samples were extracted."""
+    samples: tuple[SampleEntry, ...]
+    files: tuple[FileEntry, ...]
+
+
+def canonical(values: Any) -> bytes:
+    """JSON in the one form that is hashed: sorted keys, no spaces, UTF-8."""
+    return json.dumps(values, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+
+
+def seal(values: Mapping[str, Any]) -> bytes:
+    """A JSON document for people and programs, with format_version and the SHA-256 of its own canonical form."""
+    body = {**values, "format_version": FORMAT_VERSION}
+    body["sha256"] = hashlib.sha256(canonical(body)).hexdigest()
+    return json.dumps(body, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+
+
+def unseal(data: bytes, name: str) -> dict[str, Any]:
+    """The document that `seal` wrote, less its hash. Raises DamageError when its bytes are not what was written."""
+    try:
+        body = json.loads(data)
+    except ValueError:
+        raise DamageError(f"{name} is not JSON: it was cut or overwritten") from None
+    if not isinstance(body, dict) or "sha256" not in body:
+        raise DamageError(f"{name} has no sha256 of itself: it was not written by this format")
+    stated = body.pop("sha256")
+    if hashlib.sha256(canonical(body)).hexdigest() != stated:
+        raise DamageError(f"{name} does not match its own sha256: it was changed after it was written")
+    return body
+
+
+def encode_record(record: Record) -> bytes:
+    """The bytes of the record's file."""
+    return seal(dataclasses.asdict(record))
+
+
+def read_record(root: Path, partition: Partition, identity: str, ids: Sequence[str]) -> Record | None:
+    """The record of a partition, or None where there is none yet.
+
+    `ids` are the partition's samples by the manifest. Raises DamageError when the record is not the one that
+    belongs there: unreadable, of another identity, or about other samples.
+    """
+    path = record_path(root, partition)
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    body = unseal(data, str(path))
+    body.pop("format_version")
+    try:
+        record = Record.from_json(body)
+    except (ConfigError, TypeError) as error:
+        raise DamageError(f"{path} is not a completion record: {error}") from error
+    place = (record.split, record.partition, record.start, record.stop)
+    if place != (partition.split, partition.index, partition.start, partition.stop):
+        raise DamageError(f"{path} is the record of {place}, not of samples {partition.start} to {partition.stop}")
+    if record.identity != identity:
+        raise DamageError(f"{path} was written under another identity ({record.identity[:12]}, not {identity[:12]})")
+    if [sample.sample_id for sample in record.samples] != list(ids):
+        raise DamageError(f"{path} lists other samples than the manifest does")
+    return record
+
+
+def record_path(root: Path, partition: Partition) -> Path:
+    """Where the record of a partition lies."""
+    return root / "partitions" / f"{partition.name}.json"
+
+
+def first_fault(root: Path, record: Record) -> str | None:
+    """The first listed file that is absent or has another size, in words; None when all sizes fit (one stat a file)."""
+    for entry in record.files:
+        try:
+            size = (root / entry.path).stat().st_size
+        except (FileNotFoundError, NotADirectoryError):
+            return f"{entry.path} is missing"
+        if size != entry.size:
+            return f"{entry.path} has {size} bytes, its record says {entry.size}"
+    return None
