@@ -1,0 +1,1 @@
+"""Trains the bundled backbone `flux-scenes` and the judge that scores it. No stage of a user's run imports this."""
