@@ -58,8 +58,15 @@ def _build(cls: type[Any], values: Mapping[str, Any], where: str) -> Any:
     unknown = sorted(set(values) - set(fields))
     if unknown:
         raise ConfigError(f"{where} has no field {unknown[0]!r}; its fields are {', '.join(fields)}")
+    missing = [name for name, f in fields.items() if name not in values and _has_no_default(f)]
+    if missing:
+        raise ConfigError(f"{where} needs a value for {missing[0]!r}")
     hints = typing.get_type_hints(cls)
     return cls(**{name: _convert(hints[name], value, f"{where}.{name}") for name, value in values.items()})
+
+
+def _has_no_default(field_: "dataclasses.Field[Any]") -> bool:
+    return field_.default is dataclasses.MISSING and field_.default_factory is dataclasses.MISSING
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:
@@ -172,7 +179,8 @@ class AggregatorConfig(Config):
     mlp_ratio: float = 4.0
     dropout: float = 0.1
     layer_scale: float | None = None
-    norm: Literal["before_projection", "after_projection"] | None = None
+    norm: Literal["before_projection", "after_projection", "none"] | None = None
+    """Where each timestep's features are normalised; `none` is for an ablation, and for latents, which are tame."""
     skip: Literal["gated", "plain"] | None = None
     cbam: Literal["after_skip", "before_skip"] | None = None
     weights_on: Literal["transformed", "projected"] | None = None
