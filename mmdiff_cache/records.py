@@ -5,7 +5,7 @@ Axis letters: B sample, V variant, T timestep, L layer, h w token grid, C backbo
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -13,6 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 LabelKind = Literal["classes", "mask", "depth"]
+Progress = Callable[[int, int, str], None]
+"""How long work reports: called with what is done, the total, and a few words on its state (which may be '')."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
