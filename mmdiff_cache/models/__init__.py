@@ -1,0 +1,1 @@
+"""Stage two's networks: token aggregation, decoders, and the model that joins them."""

@@ -1,0 +1,153 @@
+"""Token aggregation: T feature maps of one layer become one, by weights that vary from token to token.
+
+Every token position is a sequence of T timesteps on its own; positions never see each other until CBAM.
+Steps: normalise and project each timestep, run a small transformer over time, predict one weight a timestep,
+sum, add the cleanest timestep back, refine with CBAM. App. F and Sec. 3.1 of the paper differ in the details;
+`AggregatorConfig` has both readings as presets and each detail as a field (docs/paper-notes.md).
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ..config import AggregatorConfig
+from ..errors import ConfigError
+from .cbam import CBAM
+from .temporal import TemporalTransformer
+
+GATE_INIT = 0.1
+"""Start of the learnable scalar on the gated skip (Paper: App. F)."""
+HEAD_STD = 0.02
+"""The weight head starts small, so that all timesteps start with nearly equal weights."""
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "appendix_f": {
+        "layer_scale": 1e-6,
+        "norm": "before_projection",
+        "skip": "gated",
+        "cbam": "after_skip",
+        "weights_on": "transformed",
+    },
+    "section_3_1": {
+        "layer_scale": 1e-4,
+        "norm": "after_projection",
+        "skip": "plain",
+        "cbam": "before_skip",
+        "weights_on": "projected",
+    },
+}
+"""The two readings of the paper, as values for the fields that a configuration leaves at None."""
+
+
+def resolve_aggregator(config: AggregatorConfig) -> AggregatorConfig:
+    """Fill every None but the width from the preset; the width is the backbone's to give."""
+    preset = PRESETS[config.preset]
+    return dataclasses.replace(config, **{k: v for k, v in preset.items() if getattr(config, k) is None})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Aggregation:
+    """What the aggregator makes of one layer."""
+
+    fused: Float[Tensor, "B D h w"]
+    weights: Float[Tensor, "B T h w"]
+    """Positive, and 1 in sum over T at every token."""
+
+
+class TimestepProjection(nn.Module):
+    """One timestep's LayerNorm and 1 x 1 projection, C channels to D."""
+
+    def __init__(self, channels: int, width: int, norm: str) -> None:
+        super().__init__()
+        self.before = nn.LayerNorm(channels) if norm == "before_projection" else nn.Identity()
+        self.linear = nn.Linear(channels, width)
+        self.after = nn.LayerNorm(width) if norm == "after_projection" else nn.Identity()
+
+    def forward(self, tokens: Float[Tensor, "M C"]) -> Float[Tensor, "M D"]:
+        """Tokens of one timestep, projected."""
+        return self.after(self.linear(self.before(tokens)))
+
+
+class TokenAggregator(nn.Module):
+    """Fuses the T timesteps of one layer (Paper: Sec. 3.1, Eq. 2; App. F, Fig. 8).
+
+    `channels` is C, `width` is D, `cleanest` the index of the smallest t. T = 1 is allowed: its weight is 1.
+    Raises ConfigError if the heads do not divide the width.
+    """
+
+    def __init__(
+        self, *, channels: int, timesteps: int, width: int, cleanest: int, config: AggregatorConfig
+    ) -> None:
+        super().__init__()
+        config = resolve_aggregator(config)
+        if width % config.heads:
+            raise ConfigError(
+                f"aggregator.width must be a multiple of aggregator.heads, got {width} and {config.heads}"
+            )
+        if not 0 <= cleanest < timesteps:
+            raise ConfigError(f"the cleanest timestep must be one of {timesteps}, got index {cleanest}")
+        assert config.layer_scale is not None and config.norm is not None
+        self.config, self.cleanest = config, cleanest
+        self.projections = nn.ModuleList(
+            TimestepProjection(channels, width, config.norm) for _ in range(timesteps)
+        )
+        self.transformer = TemporalTransformer(
+            timesteps=timesteps,
+            width=width,
+            depth=config.depth,
+            heads=config.heads,
+            mlp_ratio=config.mlp_ratio,
+            dropout=config.dropout,
+            layer_scale=config.layer_scale,
+        )
+        self.weight_head = nn.Linear(width, 1)
+        nn.init.normal_(self.weight_head.weight, std=HEAD_STD)
+        nn.init.zeros_(self.weight_head.bias)
+        gated = config.skip == "gated"
+        self.gate = nn.Parameter(torch.tensor(GATE_INIT)) if gated else None
+        self.skip_projection = nn.Linear(width, width) if gated else None
+        self.cbam = CBAM(width)
+
+    def forward(self, features: Float[Tensor, "B T h w C"]) -> Float[Tensor, "B D h w"]:
+        """The fused map; float16 features from the cache are computed in float32."""
+        return self.aggregate(features).fused
+
+    def aggregate(self, features: Float[Tensor, "B T h w C"]) -> Aggregation:
+        """The fused map together with the weights that made it."""
+        batch, _, rows, columns, _ = features.shape
+        projected = self._project(features)
+        transformed = self.transformer(projected)
+        weights = functional.softmax(self.weight_head(transformed).float(), dim=0)
+        values = transformed if self.config.weights_on == "transformed" else projected
+        fused = (weights * values).sum(dim=0)
+        cleanest = projected[self.cleanest]
+
+        def to_map(tokens: Float[Tensor, "M D"]) -> Float[Tensor, "B D h w"]:
+            return tokens.unflatten(0, (batch, rows, columns)).permute(0, 3, 1, 2)
+
+        skip = to_map(self._skip(cleanest))
+        fused_map = to_map(fused)
+        if self.config.cbam == "after_skip":
+            fused_map = self.cbam(fused_map + skip)
+        else:
+            fused_map = self.cbam(fused_map) + skip
+        return Aggregation(
+            fused=fused_map, weights=weights.squeeze(-1).unflatten(1, (batch, rows, columns)).transpose(0, 1)
+        )
+
+    def _project(self, features: Float[Tensor, "B T h w C"]) -> Float[Tensor, "T M D"]:
+        """F_proj with the timestep first and all positions of the batch, M = B h w, in one axis."""
+        tokens = features.transpose(0, 1).to(torch.float32, memory_format=torch.contiguous_format)
+        return torch.stack(
+            [project(x.flatten(0, 2)) for project, x in zip(self.projections, tokens, strict=True)]
+        )
+
+    def _skip(self, cleanest: Float[Tensor, "M D"]) -> Float[Tensor, "M D"]:
+        if self.gate is None or self.skip_projection is None:
+            return cleanest
+        return self.gate * self.skip_projection(cleanest)

@@ -1,0 +1,191 @@
+"""The model of stage two: one aggregator a layer, concept and discriminative maps beside them, a decoder on top.
+
+It is rebuilt from its `ModelSpec`, plain values that a checkpoint stores beside the weights.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Self
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from ..config import AggregatorConfig, Config, DecoderName
+from ..errors import ConfigError
+from .aggregator import TokenAggregator, resolve_aggregator
+from .decoder import CHANNELS_PER_GROUP, Decoder, resize
+from .deeplabv3plus import DeepLabV3Plus
+from .dpt import DPT
+from .linear import Linear
+
+DECODER_STRIDE = 4
+"""Decoders work on a grid of one place for 4 x 4 pixels, as DeepLabV3+ and DPT do on their usual backbones."""
+WIDEST_DECODER = 256
+"""Width of both decoders in references [6] and [37]; with D = 768 it gives the paper's 36 M (docs/paper-notes.md)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelSpec(Config):
+    """Everything that decides the shape of a model, and nothing else; JSON-able like a configuration.
+
+    `MMDiff.from_spec` fills the aggregator's fields and width and the decoder's width where they are None.
+    """
+
+    decoder: DecoderName
+    out_channels: int
+    layers: int
+    """L, the number of tapped blocks; the first is the shallowest."""
+    channels: int
+    """C of the hidden states, or P of the latents."""
+    timesteps: int
+    cleanest: int
+    """Index of the smallest t on the T axis."""
+    grid: tuple[int, ...]
+    """(h, w), tokens."""
+    patch: int
+    """Pixels of a token's side: 16 for FLUX.1-dev."""
+    concepts: int = 0
+    """K, channels of the concept maps; 0 for none."""
+    discriminative: tuple[int, ...] = ()
+    """Channels of each discriminative feature map."""
+    aggregator: AggregatorConfig = field(default_factory=AggregatorConfig)
+    decoder_width: int | None = None
+    source: Literal["hidden_states", "latents"] = "hidden_states"
+    output: Literal["logits", "depth"] = "logits"
+    """`depth` makes the output exp(decoder), in metres."""
+    typical_depth: float = 1.0
+    """Metres that an untrained depth model answers: the geometric mean of the training labels."""
+
+
+def resolve_model(spec: ModelSpec) -> ModelSpec:
+    """Fill the Nones; raise ConfigError where the paper's constraint D < C or a grid does not hold.
+
+    Latents are not compressed, so D may reach or pass C there, and they are tame, so nothing normalises them.
+    """
+    config = spec.aggregator
+    if spec.source == "latents" and config.norm is None:
+        config = dataclasses.replace(config, norm="none")
+    config = resolve_aggregator(config)
+    if config.width is None:
+        raise ConfigError("aggregator.width is not given; --set aggregator.width=64, say")
+    if spec.source == "hidden_states" and config.width >= spec.channels:
+        raise ConfigError(
+            f"aggregator.width must be below the backbone's {spec.channels} channels (Sec. 3.1), "
+            f"got {config.width}; --set aggregator.width={max(spec.channels // 2, 1)}"
+        )
+    if len(spec.grid) != 2 or min(spec.grid) < 1:
+        raise ConfigError(f"grid must be two positive numbers, rows and columns of tokens, got {spec.grid}")
+    width = spec.decoder_width or default_decoder_width(config.width)
+    return dataclasses.replace(spec, aggregator=config, decoder_width=width)
+
+
+def default_decoder_width(width: int) -> int:
+    """The aggregator's width up to 256, in whole GroupNorm groups."""
+    return max(min(width, WIDEST_DECODER) // CHANNELS_PER_GROUP, 1) * CHANNELS_PER_GROUP
+
+
+def decoder_upsampling(patch: int) -> int:
+    """How much finer than the tokens a decoder's grid is: a power of two that comes nearest to stride 4."""
+    return 2 ** max(0, round(math.log2(patch / DECODER_STRIDE)))
+
+
+class MMDiff(nn.Module):
+    """Aggregators and decoder, joined. Build it with `from_spec`; the spec says what each input must be."""
+
+    def __init__(self, spec: ModelSpec, aggregators: Sequence[TokenAggregator], decoder: Decoder) -> None:
+        super().__init__()
+        self.spec = spec
+        self.aggregators = nn.ModuleList(aggregators)
+        self.decoder = decoder
+
+    @classmethod
+    def from_spec(cls, spec: ModelSpec) -> Self:
+        """Build the model that a spec describes, with fresh weights. Raises ConfigError on a spec that cannot hold."""
+        spec = resolve_model(spec)
+        assert spec.aggregator.width is not None
+        aggregators = [
+            TokenAggregator(
+                channels=spec.channels,
+                timesteps=spec.timesteps,
+                width=spec.aggregator.width,
+                cleanest=spec.cleanest,
+                config=spec.aggregator,
+            )
+            for _ in range(spec.layers)
+        ]
+        decoder = _build_decoder(spec)
+        if spec.output == "depth" and decoder.head.bias is not None:
+            nn.init.constant_(decoder.head.bias, math.log(spec.typical_depth))
+        return cls(spec, aggregators, decoder)
+
+    def forward(
+        self,
+        hidden_states: Float[Tensor, "B T L h w C"],
+        concepts: Float[Tensor, "B K h w"] | None = None,
+        discriminative: Sequence[Float[Tensor, "B _ _ _"]] = (),
+        size: tuple[int, int] | None = None,
+    ) -> Float[Tensor, "B out H W"]:
+        """Logits, or depth in metres, in float32 at `size` = (H, W); by default grid times patch."""
+        features = [
+            aggregate(x) for aggregate, x in zip(self.aggregators, hidden_states.unbind(dim=2), strict=True)
+        ]
+        rows, columns = self.spec.grid
+        size = size or (rows * self.spec.patch, columns * self.spec.patch)
+        output = self.decoder(features, self._guidance(concepts, discriminative), size)
+        return output.exp() if self.spec.output == "depth" else output
+
+    def aggregation_weights(
+        self, hidden_states: Float[Tensor, "B T L h w C"]
+    ) -> Float[Tensor, "B T L h w"]:
+        """What each timestep counts at each token, layer by layer; 1 in sum over T."""
+        weights = [
+            aggregator.aggregate(x).weights
+            for aggregator, x in zip(self.aggregators, hidden_states.unbind(dim=2), strict=True)
+        ]
+        return torch.stack(weights, dim=2)
+
+    def parameter_counts(self) -> Mapping[str, int]:
+        """Trainable parameters of each part: aggregators, decoder, head."""
+        head = _count(self.decoder.head)
+        return {
+            "aggregators": _count(self.aggregators),
+            "decoder": _count(self.decoder) - head,
+            "head": head,
+        }
+
+    def _guidance(
+        self, concepts: Float[Tensor, "B K h w"] | None, discriminative: Sequence[Float[Tensor, "B _ _ _"]]
+    ) -> Float[Tensor, "B G h w"] | None:
+        """Concept maps and discriminative features on the token grid, side by side. Paper: Sec. 3.3."""
+        maps = [*([] if concepts is None else [concepts]), *discriminative]
+        found = [x.shape[1] for x in maps]
+        expected = [*([self.spec.concepts] if self.spec.concepts else []), *self.spec.discriminative]
+        if found != expected:
+            raise ConfigError(f"the model was built for guidance maps of {expected} channels, got {found}")
+        rows, columns = self.spec.grid
+        return torch.cat([resize(x.float(), (rows, columns)) for x in maps], dim=1) if maps else None
+
+
+def _build_decoder(spec: ModelSpec) -> Decoder:
+    assert spec.aggregator.width is not None and spec.decoder_width is not None
+    common = {
+        "layers": spec.layers,
+        "features": spec.aggregator.width,
+        "guidance": spec.concepts + sum(spec.discriminative),
+        "out_channels": spec.out_channels,
+    }
+    if spec.decoder == "linear":
+        return Linear(**common)
+    upsampling = decoder_upsampling(spec.patch)
+    if spec.decoder == "dpt":
+        return DPT(**common, width=spec.decoder_width, upsampling=upsampling)
+    return DeepLabV3Plus(
+        **common, width=spec.decoder_width, grid=min(spec.grid), upsampling=upsampling
+    )
+
+
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
