@@ -1,8 +1,8 @@
-"""A small rendered world with exact labels: pictures of solids on the ground, captions, masks and metric depth.
+"""A small rendered world with exact labels: pictures of solids on the ground, captions, masks, metric depth.
 
-    from mmdiff_cache.scenes import render_scene
-    scene = render_scene("test", 12)          # the same bytes always
-    scene.image, scene.class_mask, scene.depth, scene.caption
+from mmdiff_cache.scenes import render_scene
+scene = render_scene("test", 12)          # the same bytes always
+scene.image, scene.class_mask, scene.depth, scene.caption
 """
 
 from mmdiff_cache.scenes.captions import CONCEPT_WORDS, VOCABULARY
@@ -22,6 +22,20 @@ from mmdiff_cache.scenes.world import (
 )
 
 __all__ = [
-    "CLASS_NAMES", "COLOURS", "CONCEPT_WORDS", "GROUNDS", "HELD_OUT_PAIRS", "IGNORE", "MATERIAL_NAMES", "SHAPES",
-    "SPLITS", "TEXTURES", "TIMES", "VOCABULARY", "WORLD_VERSION", "Scene", "SceneObject", "render_scene",
-]  # fmt: skip
+    "CLASS_NAMES",
+    "COLOURS",
+    "CONCEPT_WORDS",
+    "GROUNDS",
+    "HELD_OUT_PAIRS",
+    "IGNORE",
+    "MATERIAL_NAMES",
+    "SHAPES",
+    "SPLITS",
+    "TEXTURES",
+    "TIMES",
+    "VOCABULARY",
+    "WORLD_VERSION",
+    "Scene",
+    "SceneObject",
+    "render_scene",
+]

@@ -1,16 +1,18 @@
 """A pinhole camera at a fixed height above the ground.
 
-Frame: x to the right, y up, z forward along the ground; the camera stands at (0, CAMERA_HEIGHT, 0). All in metres.
+Frame, in metres: x to the right, y up, z forward along the ground; the camera is at (0, CAMERA_HEIGHT, 0).
 Picture coordinates: u to the right and v down, both 0..1 inside the (square) frame, and beyond it outside.
 """
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-F32 = NDArray[np.float32]
+# float32 in fact: numpy's stubs call float32 x float a float64, although the result stays float32.
+F32 = NDArray[np.floating[Any]]
 Vector = tuple[float, float, float]
 
 CAMERA_HEIGHT = 1.5  # metres; fixed, so that metric depth can be read off one picture
@@ -20,7 +22,7 @@ FAR = 40.0  # metres; the ground ends here and the sky begins
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Camera:
-    """Where the camera looks. Angles in radians; pitch > 0 looks down; yaw turns the world, not the layout."""
+    """Where it looks. Angles in radians; pitch > 0 looks down; yaw turns ground and sun, not the layout."""
 
     pitch: float
     roll: float

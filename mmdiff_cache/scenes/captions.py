@@ -1,7 +1,7 @@
 """Captions out of a small closed vocabulary. What a caption claims is true of its scene.
 
-The order of the objects, the wording and the clauses come from the caption's own random stream: they know nothing of
-position, depth or salience, except that a claim such as 'near' is made only where it holds.
+The order of the objects, the wording and the clauses come from the caption's own random stream: they know
+nothing of position, depth or salience, except that a claim such as 'near' is made only where it holds.
 """
 
 from dataclasses import dataclass
@@ -35,9 +35,10 @@ _FRAMES = (
     "there is {things} {where} {when}",
 )
 _OTHER_WORDS = """
-a an and at away background by camera clear contour dark day daylight depth detail dusk edges evening far fine
-foreground four front ground grows has horizon in is moonlight near night object objects of off on one out picture
-resting round salient scene see sharp sky stands sunset surface the there three to two view we with
+a an and at away background by camera clear contour dark day daylight depth detail dusk edges
+evening far fine foreground four front ground grows has horizon in is moonlight near night object
+objects of off on one out picture resting round salient scene see sharp sky stands sunset surface
+the there three to two view we with
 """
 VOCABULARY = tuple(sorted({*COLOURS, *GROUNDS, *SHAPES, *TEXTURES, *_OTHER_WORDS.split()}))
 
@@ -66,14 +67,16 @@ def scene_prompt(ground: str, time_of_day: str) -> str:
     return f"on {ground} {_WHEN[time_of_day][0]}"
 
 
-def write_caption(rng: np.random.Generator, objects: tuple[Named, ...], ground: str, time_of_day: str) -> Caption:
-    """A caption of one or two sentences, at most 40 words, that names every object, the ground and the time."""
+def write_caption(
+    rng: np.random.Generator, objects: tuple[Named, ...], ground: str, time_of_day: str
+) -> Caption:
+    """One or two sentences, at most 40 words, that name every object, the ground and the time."""
     order = tuple(int(number) for number in np.argsort(rng.random(len(objects)), kind="stable"))
     things = _join([_thing(rng, objects[number]) for number in order])
     when = choose(rng, _WHEN[time_of_day])
     where = choose(rng, ("on {}", "on {}", "on the {}")).format(ground)
     text = choose(rng, _FRAMES).format(things=things, where=where, when=when, ground=ground)
-    if float(rng.random()) < 0.85:
+    if float(rng.random()) < 0.92:
         clause = _clause(rng, objects, order, ground)
         text = f"{text}{choose(rng, (', ', '. '))}{clause}"
     return Caption(text=text + ".", order=order)
@@ -100,11 +103,12 @@ def _clause(rng: np.random.Generator, objects: tuple[Named, ...], order: tuple[i
         case 0:
             return _in_front(rng, objects)
         case 1:
-            return choose(rng, ("the background is sky", "sky in the background", f"{name} in front of the background"))
+            third = f"{name} in front of the background"
+            return choose(rng, ("the background is sky", "sky in the background", third))
         case 2:
             return choose(rng, (f"the foreground is {ground}", f"{ground} in the foreground"))
         case 3:
-            return _distance(rng, objects, near=True) or f"the near ground is {ground}"
+            return _distance(rng, objects, near=True) or f"{ground} near and far"
         case 4:
             return _distance(rng, objects, near=False) or "the sky is far away"
         case 5:
@@ -124,9 +128,7 @@ def _clause(rng: np.random.Generator, objects: tuple[Named, ...], order: tuple[i
 def _in_front(rng: np.random.Generator, objects: tuple[Named, ...]) -> str:
     pairs = tuple((front, back) for front, named in enumerate(objects) for back in named.hides)
     if not pairs:
-        return choose(rng, ("{} in front of the sky", "{} in front of the background")).format(
-            _counted(len(objects))
-        )
+        return f"{_counted(len(objects))} in front of the {choose(rng, ('sky', 'background'))}"
     front, back = (objects[number] for number in choose(rng, pairs))
     return f"the {front.colour} {front.shape} is in front of the {back.colour} {back.shape}"
 
@@ -141,4 +143,4 @@ def _distance(rng: np.random.Generator, objects: tuple[Named, ...], *, near: boo
         return ""
     one = choose(rng, fitting)
     name = f"the {one.colour} {one.shape}"
-    return choose(rng, (f"{name} is near", f"{name} near the camera") if near else (f"{name} is far away", f"{name} far off"))
+    return name + choose(rng, (" is near", " near the camera") if near else (" is far away", " far off"))

@@ -1,4 +1,4 @@
-"""Pixel labels out of the subsamples: class, material, metric depth, salient object, and the salience score."""
+"""Pixel labels out of the subsamples: class, material, metric depth, salient object and salience score."""
 
 from dataclasses import dataclass
 
@@ -11,12 +11,13 @@ from mmdiff_cache.scenes.world import FIRST_OBJECT, IGNORE, SHAPES, SKY, TEXTURE
 
 U8 = NDArray[np.uint8]
 SUBSAMPLES = 3  # along each side of a pixel
+PRIOR_WIDTH = 0.2  # in picture widths: how far from the middle an object counts half
 OWNED = 0.6  # share of a pixel's subsamples that a class needs, else the pixel is void
 
 
 @dataclass(frozen=True, slots=True)
 class Labels:
-    """Label maps [H W]; depth in metres, 0 where invalid; salient 0/1; IGNORE where no class owns the pixel."""
+    """Label maps [H W]; depth in metres, 0 where invalid; salient 0/1; IGNORE where nothing owns a pixel."""
 
     class_mask: U8
     material_mask: U8
@@ -34,9 +35,9 @@ def label(surface: NDArray[np.int8], depth: F32, bodies: tuple[Body, ...], salie
     materials = [0, 1, *(FIRST_OBJECT + TEXTURES.index(body.texture) for body in bodies)]
     class_mask = _majority(counts, classes)
     owner = _owner(counts, classes, class_mask)
-    total = np.where(np.isfinite(depths), depths, 0)
-    mine = blocks == owner
-    mean = np.where(mine, total, 0).sum(axis=0, dtype=np.float32) / np.maximum(mine.sum(axis=0, dtype=np.float32), 1)
+    mine = (blocks == owner) & (blocks != SKY)
+    total = np.where(mine, depths, np.float32(0)).sum(axis=0, dtype=np.float32)
+    mean = total / np.maximum(mine.sum(axis=0, dtype=np.float32), 1)
     is_salient = [int(number == FIRST_OBJECT + salient) for number in range(len(classes))]
     return Labels(
         class_mask=class_mask,
@@ -59,8 +60,8 @@ def average(colours: F32) -> F32:
 def salience(seen: NDArray[np.bool_], colours: F32) -> float:
     """Score of one object: share of the picture x contrast with a frame around it x nearness to the middle.
 
-    `seen` [H W] is where the object is visible; contrast is the distance of mean colours, 0..sqrt(3); the prior is 1 in
-    the middle of the picture and 1/2 at a distance of 0.35 widths.
+    `seen` [H W] is where the object is visible; contrast is the distance of mean colours, 0..sqrt(3); the
+    prior is 1 in the middle of the picture and 1/2 at a distance of PRIOR_WIDTH.
     """
     size = seen.shape[0]
     rows, columns = np.flatnonzero(seen.any(axis=1)), np.flatnonzero(seen.any(axis=0))
@@ -80,7 +81,7 @@ def salience(seen: NDArray[np.bool_], colours: F32) -> float:
     at_rows, at_columns = np.nonzero(seen)
     off_v = (float(at_rows.mean()) + 0.5) / size - 0.5
     off_u = (float(at_columns.mean()) + 0.5) / size - 0.5
-    prior = 1.0 / (1.0 + (off_u * off_u + off_v * off_v) / 0.35**2)
+    prior = 1.0 / (1.0 + (off_u * off_u + off_v * off_v) / PRIOR_WIDTH**2)
     return share / size**2 * contrast * prior
 
 
@@ -100,11 +101,12 @@ def _majority(counts: U8, groups: list[int]) -> U8:
 
 
 def _sum(counts: U8, groups: list[int], group: int) -> U8:
-    return counts[[number for number, other in enumerate(groups) if other == group]].sum(axis=0, dtype=np.uint8)
+    members = [number for number, other in enumerate(groups) if other == group]
+    return counts[members].sum(axis=0, dtype=np.uint8)
 
 
 def _owner(counts: U8, classes: list[int], class_mask: U8) -> NDArray[np.int8]:
-    """The surface with the most subsamples, among those of the owning class if there is one; ties avoid the sky."""
+    """The surface with the most subsamples, of the owning class if there is one; ties avoid the sky."""
     score = counts.astype(np.int16) * 2
     score[1:] += 1
     for number, kind in enumerate(classes):

@@ -1,7 +1,7 @@
 """The ray-caster: which surface each sample point sees, how deep, and in what colour.
 
-Only additions, multiplications, divisions and square roots touch the pixels, so that a scene has the same bytes on
-every machine.
+Only additions, multiplications, divisions and square roots touch the pixels, so that a scene has the same
+bytes on every machine.
 """
 
 import math
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from mmdiff_cache.scenes.camera import CAMERA_HEIGHT, FAR, Camera, F32, Rays, Vector, cast_rays, project
+from mmdiff_cache.scenes.camera import CAMERA_HEIGHT, F32, FAR, Camera, Rays, Vector, cast_rays, project
 from mmdiff_cache.scenes.shapes import Body, intersect, normal
 from mmdiff_cache.scenes.textures import (
     GROUND_PALETTE,
@@ -45,7 +45,7 @@ class Layout:
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """What the sample points of a grid see: surface 0 sky, 1 ground, 2 + i body i; depth in metres (inf for sky)."""
+    """What a grid of points sees: surface 0 sky, 1 ground, 2 + i body i; depth in metres (inf for sky)."""
 
     rays: Rays
     surface: NDArray[np.int8]
@@ -79,8 +79,8 @@ def bounds(camera: Camera, body: Body, u: F32, v: F32) -> tuple[slice, slice]:
     corners: list[tuple[float, float, float]] = []
     for signs in range(8):
         x, y, z = (half if signs >> axis & 1 else -half for axis, half in enumerate(body.extents))
-        px, py, pz = body.turn_back(x, y, z)
-        corners.append(project(camera, (float(px) + body.x, float(py) + body.centre_height, float(pz) + body.z)))
+        px, py, pz = (float(value) for value in body.turn_back(x, y, z))
+        corners.append(project(camera, (px + body.x, py + body.centre_height, pz + body.z)))
     if min(depth for *_, depth in corners) < 0.05:
         return slice(0, len(v)), slice(0, len(u))
     columns, rows = [c[0] for c in corners], [c[1] for c in corners]
@@ -95,7 +95,9 @@ def _span(axis: F32, low: float, high: float) -> slice:
 def shade(layout: Layout, view: View) -> F32:
     """Colours [V U 3] of a view, 0..1."""
     flat = View(
-        Rays(view.rays.x.ravel(), view.rays.y.ravel(), view.rays.z.ravel()), view.surface.ravel(), view.depth.ravel()
+        Rays(view.rays.x.ravel(), view.rays.y.ravel(), view.rays.z.ravel()),
+        view.surface.ravel(),
+        view.depth.ravel(),
     )
     planes = np.empty((3, flat.surface.size), np.float32)
     _shade_sky(layout, flat, planes)
@@ -139,10 +141,12 @@ def _shade_body(layout: Layout, view: View, number: int, planes: F32) -> None:
     point = (local[0], local[1], local[2])
     nx, ny, nz = body.turn_back(*normal(body, point))
     sx, sy, sz = layout.sun
-    lit = np.maximum(nx * sx + ny * sy + nz * sz, np.float32(0)) * _sunlit(layout, x, y, z, skip=number)
+    facing = nx * sx + ny * sy + nz * sz
+    lit = np.maximum(facing, np.float32(0)) * _sunlit(layout, x, y, z, skip=number)
     light, base = LIGHTS[layout.time_of_day], PALETTE[body.colour]
     pattern = object_brightness(body, point)
-    shelter = 0.80 + 0.20 * ny  # faces that look up see more of the sky
+    # The bright half of the sky lights faces that the sun does not reach, so that edges show in the shade.
+    shelter = 0.90 + 0.10 * ny + 0.17 * facing
     for channel, plane in enumerate(planes):
         plane[at] = base[channel] * pattern * (light.ambient[channel] * shelter + light.sun[channel] * lit)
 

@@ -1,16 +1,17 @@
 """Draws layouts: what stands where, and draws again until the scene is worth looking at.
 
-Shapes, colours, textures, ground and time are drawn first and kept while only the placement is drawn again, so that no
-rule about placement can tie a colour to a shape. Whether a scene passes is judged on a small probe picture of fixed
-size: a scene is the same scene at every resolution.
+Shapes, colours, textures, ground and time are drawn first and kept while only the placement is drawn again,
+so that no rule about placement can tie a colour to a shape. Whether a scene passes is judged on a small probe
+picture of fixed size: a scene is the same scene at every resolution.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
-from mmdiff_cache.scenes.camera import FOCAL, Camera, cast_rays, grid, project
+from mmdiff_cache.scenes.camera import CAMERA_HEIGHT, F32, FOCAL, Camera, cast_rays, grid
 from mmdiff_cache.scenes.labels import salience
 from mmdiff_cache.scenes.render import Layout, bounds, hit_depth, look, shade
 from mmdiff_cache.scenes.shapes import Body
@@ -21,6 +22,7 @@ from mmdiff_cache.scenes.world import (
     GROUNDS,
     HELD_OUT_PAIRS,
     SHAPES,
+    TEXTURE_WEIGHTS,
     TEXTURES,
     TIMES,
     choose,
@@ -30,10 +32,14 @@ from mmdiff_cache.scenes.world import (
 
 PROBE = 48  # pixels along a side of the picture on which a layout is judged
 PLACEMENTS = 80  # tries with the same objects before other objects are drawn
-MIN_AREA = 0.018  # smallest visible share of the picture: about 300 of 128 x 128 pixels
-MAX_HIDDEN = 0.62  # largest share of an object that may be hidden or cut off
+WIDTHS = (0.21, 0.56)  # of an object in the picture, in picture widths: log-uniform; a token is 1/16
+DEPTHS = (2.0, 6.5)  # of an object's centre, metres: log-uniform
+MIN_AREA = 0.02  # smallest visible share of the picture: about 330 of 128 x 128 pixels
+MAX_HIDDEN = 0.55  # largest share of an object that may be hidden or cut off
 LEAD = 1.5  # the salient object's score over the second
-FAR_SALIENT = 0.82  # share of scenes with several objects in which the salient one must not be the nearest
+# Share that lies on its side; the others always stand.
+LYING = {"cylinder": 0.4, "capsule": 0.4, "prism": 0.7}
+FAR_SALIENT = 0.65  # share of scenes with several objects in which the salient one must not be the nearest
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,7 +80,11 @@ def _draw_kinds(rng: np.random.Generator, *, hold_out: bool) -> tuple[Kind, ...]
     count = 1 + choose(rng, (0, 1, 2, 3), COUNT_WEIGHTS)
     kinds: list[Kind] = []
     while len(kinds) < count:
-        kind = Kind(shape=choose(rng, SHAPES), colour=choose(rng, COLOURS), texture=choose(rng, TEXTURES))
+        kind = Kind(
+            shape=choose(rng, SHAPES),
+            colour=choose(rng, COLOURS),
+            texture=choose(rng, TEXTURES, TEXTURE_WEIGHTS),
+        )
         taken = any((kind.colour, kind.shape) == (other.colour, other.shape) for other in kinds)
         if not taken and not (hold_out and (kind.colour, kind.shape) in HELD_OUT_PAIRS):
             kinds.append(kind)
@@ -84,13 +94,15 @@ def _draw_kinds(rng: np.random.Generator, *, hold_out: bool) -> tuple[Kind, ...]
 def _draw_layout(rng: np.random.Generator, kinds: tuple[Kind, ...], ground: str, time: str) -> Layout | None:
     """Camera, sun and a place for every object; None where two would stand in one another."""
     camera = Camera(
-        pitch=math.radians(uniform(rng, 4, 21)), roll=math.radians(uniform(rng, -6, 6)), yaw=uniform(rng, -math.pi, math.pi)
+        pitch=math.radians(uniform(rng, 4, 21)),
+        roll=math.radians(uniform(rng, -6, 6)),
+        yaw=uniform(rng, -math.pi, math.pi),
     )
     bodies: list[Body] = []
     columns: list[float] = []
     for kind in kinds:
-        column = uniform(rng, 0.02, 0.98)
-        if columns and float(rng.random()) < 0.55:
+        column = uniform(rng, -0.06, 1.06)
+        if columns and float(rng.random()) < 0.65:
             side = choose(rng, (-1.0, 1.0))
             column = choose(rng, tuple(columns)) + side * uniform(rng, 0.12, 0.32)
         columns.append(column)
@@ -100,29 +112,38 @@ def _draw_layout(rng: np.random.Generator, kinds: tuple[Kind, ...], ground: str,
             if math.hypot(one.x - other.x, one.z - other.z) < one.footprint + other.footprint:
                 return None
     return Layout(
-        camera=camera, bodies=tuple(bodies), ground=ground, time_of_day=time,
-        sun_height=math.radians(uniform(rng, 32, 58)), ground_shift=(uniform(rng, 0, 64), uniform(rng, 0, 64)),
-    )  # fmt: skip
+        camera=camera,
+        bodies=tuple(bodies),
+        ground=ground,
+        time_of_day=time,
+        sun_height=math.radians(uniform(rng, 32, 58)),
+        ground_shift=(uniform(rng, 0, 64), uniform(rng, 0, 64)),
+    )
 
 
 def _place(rng: np.random.Generator, kind: Kind, camera: Camera, column: float) -> Body:
     """Width in the picture log-uniform, depth log-uniform; the size in metres follows from both."""
-    width, depth = log_uniform(rng, 0.19, 0.52), log_uniform(rng, 2.0, 6.5)
+    width, depth = log_uniform(rng, *WIDTHS), log_uniform(rng, *DEPTHS)
     size = width * depth / FOCAL
-    lying = kind.shape in ("cylinder", "capsule", "prism") and float(rng.random()) < 0.4
+    lying = float(rng.random()) < LYING.get(kind.shape, 0.0)
     body = Body(
-        shape=kind.shape, colour=kind.colour, texture=kind.texture, size=size, dims=_proportions(rng, kind.shape, size, lying),
-        x=0.0, z=depth, rotation=uniform(rng, -0.9, 0.9) if lying else uniform(rng, -math.pi, math.pi), lying=lying,
-    )  # fmt: skip
-    z = (depth - (1.5 - body.centre_height) * math.sin(camera.pitch)) / math.cos(camera.pitch)
-    x = (column - 0.5) * depth / FOCAL
-    return Body(
-        shape=body.shape, colour=body.colour, texture=body.texture, size=size, dims=body.dims,
-        x=x, z=z, rotation=body.rotation, lying=lying,
-    )  # fmt: skip
+        shape=kind.shape,
+        colour=kind.colour,
+        texture=kind.texture,
+        size=size,
+        dims=_proportions(rng, kind.shape, size, lying),
+        x=(column - 0.5) * depth / FOCAL,
+        z=depth,
+        rotation=uniform(rng, -0.9, 0.9) if lying else uniform(rng, -math.pi, math.pi),
+        lying=lying,
+    )
+    drop = (CAMERA_HEIGHT - body.centre_height) * math.sin(camera.pitch)
+    return replace(body, z=(depth - drop) / math.cos(camera.pitch))
 
 
-def _proportions(rng: np.random.Generator, shape: str, size: float, lying: bool) -> tuple[float, float, float]:
+def _proportions(
+    rng: np.random.Generator, shape: str, size: float, lying: bool
+) -> tuple[float, float, float]:
     """(r, h, d) of a solid whose width is `size`."""
     half = 0.5 * size
     match shape:
@@ -137,8 +158,9 @@ def _proportions(rng: np.random.Generator, shape: str, size: float, lying: bool)
         case "box":
             return half, half * uniform(rng, 0.7, 1.3), half * uniform(rng, 0.7, 1.0)
         case "prism":
-            r, h = (half * uniform(rng, 0.85, 1.1), half) if lying else (half * 1.15, half * uniform(rng, 0.8, 1.3))
-            return r, h, r
+            if lying:
+                return half * uniform(rng, 0.85, 1.1), half, half
+            return half * 1.15, half * uniform(rng, 0.8, 1.3), half
         case _:
             return half, half * uniform(rng, 1.0, 1.4), half
 
@@ -171,7 +193,7 @@ def _judge(layout: Layout, *, far_salient: bool) -> Draw | None:
     )
 
 
-def _hides(layout: Layout, axis: "np.ndarray[tuple[int, ...], np.dtype[np.float32]]", seen: list) -> tuple[tuple[int, ...], ...]:
+def _hides(layout: Layout, axis: F32, seen: list[NDArray[np.bool_]]) -> tuple[tuple[int, ...], ...]:
     """For each body the others that it hides some of."""
     rays = cast_rays(layout.camera, axis, axis)
     pairs: list[list[int]] = [[] for _ in layout.bodies]

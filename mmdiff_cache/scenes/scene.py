@@ -1,4 +1,4 @@
-"""`render_scene`: one scene of the world with its picture, exact labels, caption and facts about each object."""
+"""`render_scene`: one scene of the world, its picture, exact labels, caption and facts about each object."""
 
 from dataclasses import dataclass
 
@@ -36,9 +36,9 @@ class SceneObject:
 class Scene:
     """One rendered scene. Arrays are [H W]; the picture is RGB.
 
-    class_mask indexes CLASS_NAMES and material_mask MATERIAL_NAMES; both hold IGNORE where nothing owns 60 % of a pixel.
-    depth is in metres along the optical axis, 0 where invalid (sky). salient_mask is 1 on the salient object, 0 off it,
-    IGNORE on its border.
+    class_mask indexes CLASS_NAMES and material_mask MATERIAL_NAMES; both hold IGNORE where nothing owns 60 %
+    of a pixel. depth is in metres along the optical axis, 0 where invalid (sky). salient_mask is 1 on the
+    salient object, 0 off it, IGNORE on its border.
     """
 
     split: str
@@ -47,7 +47,7 @@ class Scene:
     image: U8
     class_mask: U8
     material_mask: U8
-    depth: F32
+    depth: NDArray[np.float32]
     salient_mask: U8
     caption: str
     caption_order: tuple[int, ...]  # numbers of the objects, first named first
@@ -64,7 +64,7 @@ class Scene:
 
 
 def render_scene(split: str, index: int, size: int = 128) -> Scene:
-    """Render scene `index` of a split at size x size pixels: the same bytes always, and the same scene at every size.
+    """Render one scene at size x size pixels: the same bytes always, the same scene at every size.
 
     ConfigError for an unknown split, a negative index or a size below 16.
     """
@@ -88,7 +88,7 @@ def render_scene(split: str, index: int, size: int = 128) -> Scene:
         image=_expose(average(shade(layout, view)), stream(split, index, "noise")),
         class_mask=labels.class_mask,
         material_mask=labels.material_mask,
-        depth=labels.depth,
+        depth=labels.depth.astype(np.float32),
         salient_mask=labels.salient_mask,
         caption=caption.text,
         caption_order=caption.order,

@@ -18,6 +18,7 @@ from mmdiff_cache.scenes.camera import F32
 
 Point = tuple[F32, F32, F32]
 Floats = F32 | float
+Axes = tuple[Floats, Floats, Floats]
 PRISM_FACES = ((0.0, -1.0), (math.sqrt(0.75), 0.5), (-math.sqrt(0.75), 0.5))  # outward normals (x, z)
 
 
@@ -61,25 +62,25 @@ class Body:
             return math.hypot(x, y)
         return math.hypot(x, z) if self.shape == "box" else x
 
-    def turn(self, x: Floats, y: Floats, z: Floats) -> tuple[Floats, Floats, Floats]:
+    def turn(self, x: Floats, y: Floats, z: Floats) -> Axes:
         """A direction of the camera's frame in the solid's own frame."""
         c, s = math.cos(self.rotation), math.sin(self.rotation)
         side, ahead = x * c - z * s, x * s + z * c
         return (ahead, side, y) if self.lying else (side, y, ahead)
 
-    def turn_back(self, x: Floats, y: Floats, z: Floats) -> tuple[Floats, Floats, Floats]:
+    def turn_back(self, x: Floats, y: Floats, z: Floats) -> Axes:
         """A direction of the solid's own frame in the camera's frame."""
         c, s = math.cos(self.rotation), math.sin(self.rotation)
         ahead, side, up = (x, y, z) if self.lying else (z, x, y)
         return side * c + ahead * s, up, ahead * c - side * s
 
-    def enter(self, x: Floats, y: Floats, z: Floats) -> tuple[Floats, Floats, Floats]:
+    def enter(self, x: Floats, y: Floats, z: Floats) -> Axes:
         """A point of the camera's frame (y above the ground) in the solid's own frame."""
         return self.turn(x - self.x, y - self.centre_height, z - self.z)
 
 
-def intersect(body: Body, origin: tuple[Floats, Floats, Floats], ray: tuple[Floats, Floats, Floats]) -> F32:
-    """Ray parameter of the first hit from outside, inf for a miss; both arguments in the solid's own frame."""
+def intersect(body: Body, origin: Axes, ray: Axes) -> F32:
+    """Ray parameter of the first hit from outside, inf for a miss; both in the solid's own frame."""
     r, h, d = body.dims
     match body.shape:
         case "ball":
@@ -123,7 +124,8 @@ def normal(body: Body, point: Point) -> Point:
             gaps = np.stack([x * nx + z * nz for nx, nz in PRISM_FACES]) - 0.5 * r
             cap = np.abs(y) - h > gaps.max(axis=0)
             face = np.asarray(PRISM_FACES, np.float32)[np.argmax(gaps, axis=0)]
-            return np.where(cap, zero, face[:, 0]), np.where(cap, np.sign(y), zero), np.where(cap, zero, face[:, 1])
+            ends = np.where(cap, np.sign(y), zero)
+            return np.where(cap, zero, face[:, 0]), ends, np.where(cap, zero, face[:, 1])
         case _:
             slope = math.hypot(r, 2 * h)
             radius = np.maximum(np.sqrt(x * x + z * z), np.float32(1e-6))
@@ -131,16 +133,16 @@ def normal(body: Body, point: Point) -> Point:
             return x / radius * side, np.full_like(x, r / slope), z / radius * side
 
 
-def _sphere(origin: tuple[Floats, ...], ray: tuple[Floats, ...], height: float, r: float) -> F32:
+def _sphere(origin: Axes, ray: Axes, height: float, r: float) -> F32:
     x, y, z = origin[0], origin[1] - height, origin[2]
     a = ray[0] * ray[0] + ray[1] * ray[1] + ray[2] * ray[2]
     b = x * ray[0] + y * ray[1] + z * ray[2]
     return _meet(_roots(a, b, x * x + y * y + z * z - r * r))
 
 
-def _tube(origin: tuple[Floats, ...], ray: tuple[Floats, ...], r: float) -> tuple[F32, F32]:
-    a = ray[0] * ray[0] + ray[2] * ray[2]
-    return _roots(a, origin[0] * ray[0] + origin[2] * ray[2], origin[0] * origin[0] + origin[2] * origin[2] - r * r)
+def _tube(origin: Axes, ray: Axes, r: float) -> tuple[F32, F32]:
+    (x, _, z), (dx, _, dz) = origin, ray
+    return _roots(dx * dx + dz * dz, x * dx + z * dz, x * x + z * z - r * r)
 
 
 def _roots(a: Floats, b: Floats, c: Floats) -> tuple[F32, F32]:
@@ -159,9 +161,7 @@ def _slab(origin: Floats, ray: Floats, half: float) -> tuple[F32, F32]:
     return np.asarray(middle - reach, np.float32), np.asarray(middle + reach, np.float32)
 
 
-def _half_space(
-    origin: tuple[Floats, ...], ray: tuple[Floats, ...], face: tuple[float, float], reach: float
-) -> tuple[F32, F32]:
+def _half_space(origin: Axes, ray: Axes, face: tuple[float, float], reach: float) -> tuple[F32, F32]:
     slope = _away_from_zero(ray[0] * face[0] + ray[2] * face[1])
     t = np.asarray((reach - (origin[0] * face[0] + origin[2] * face[1])) / slope, np.float32)
     entering = slope < 0
@@ -181,7 +181,7 @@ def _meet(*intervals: tuple[F32, F32]) -> F32:
     return np.where((near <= far) & (near > 0), near, np.float32(np.inf))
 
 
-def _cone(origin: tuple[Floats, ...], ray: tuple[Floats, ...], r: float, h: float) -> F32:
+def _cone(origin: Axes, ray: Axes, r: float, h: float) -> F32:
     """The slanted side alone: the base lies on the ground and no ray from above reaches it first."""
     k = (r / (2 * h)) ** 2
     x, y, z = origin[0], origin[1] - h, origin[2]

@@ -24,7 +24,7 @@ GROUND_PALETTE: dict[str, Vector] = {
     "snow": (0.90, 0.92, 0.96),
     "stone": (0.52, 0.51, 0.52),
 }
-DARK = 0.45  # brightness of the dark part of a texture
+DARK = 0.48  # brightness of the dark part of a texture
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,18 +39,28 @@ class Light:
 
 LIGHTS: dict[str, Light] = {
     "day": Light(
-        ambient=(0.56, 0.58, 0.62), sun=(0.56, 0.54, 0.48), horizon=(0.82, 0.90, 0.96), zenith=(0.34, 0.58, 0.90)
+        ambient=(0.67, 0.69, 0.71),
+        sun=(0.44, 0.42, 0.38),
+        horizon=(0.82, 0.90, 0.96),
+        zenith=(0.34, 0.58, 0.90),
     ),
     "dusk": Light(
-        ambient=(0.52, 0.47, 0.50), sun=(0.56, 0.42, 0.28), horizon=(0.98, 0.64, 0.40), zenith=(0.42, 0.32, 0.54)
+        ambient=(0.68, 0.62, 0.63),
+        sun=(0.46, 0.36, 0.26),
+        horizon=(0.98, 0.64, 0.40),
+        zenith=(0.42, 0.32, 0.54),
     ),
     "night": Light(
-        ambient=(0.32, 0.36, 0.48), sun=(0.24, 0.27, 0.34), horizon=(0.17, 0.21, 0.36), zenith=(0.04, 0.05, 0.14)
+        ambient=(0.52, 0.54, 0.62),
+        sun=(0.28, 0.30, 0.35),
+        horizon=(0.17, 0.21, 0.36),
+        zenith=(0.04, 0.05, 0.14),
     ),
 }
 
 _SIDE = 64
 _LATTICE: F32 = np.random.Generator(np.random.Philox(key=20)).random((_SIDE, _SIDE), dtype=np.float32)
+_FLAT: F32 = _LATTICE.ravel()
 
 
 def object_brightness(body: Body, point: Point) -> F32 | float:
@@ -63,7 +73,8 @@ def object_brightness(body: Body, point: Point) -> F32 | float:
             cells = np.floor(x * 3.4 + 0.25) + np.floor(y * 3.4 + 0.25) + np.floor(z * 3.4 + 0.25)
             dark = cells % 2 > 0.5
         case "speckled":
-            dark = _dots(x * 4.6, y * 4.6, z * 4.6)
+            x, y, z = x * 3.6, y * 3.6, z * 3.6
+            dark = _dots(x, y, z) | _dots(x + 0.5, y + 0.5, z + 0.5)
         case _:
             return 1.0
     return np.where(dark, np.float32(DARK), np.float32(1.0))
@@ -91,7 +102,8 @@ def sky_colour(light: Light, rise: F32) -> tuple[F32, F32, F32]:
     """Colour of the sky where a unit ray rises by `rise` (0 at the horizon)."""
     mix = np.clip(rise * 2.2, 0, 1)
     mix = mix * (2 - mix)
-    red, green, blue = (low + (high - low) * mix for low, high in zip(light.horizon, light.zenith, strict=True))
+    ends = zip(light.horizon, light.zenith, strict=True)
+    red, green, blue = (low + (high - low) * mix for low, high in ends)
     return red, green, blue
 
 
@@ -101,9 +113,12 @@ def _noise(x: F32, z: F32) -> F32:
     fx, fz = x - cell_x, z - cell_z
     fx, fz = fx * fx * (3 - 2 * fx), fz * fz * (3 - 2 * fz)
     i, k = _wrap(cell_x), _wrap(cell_z)
-    i1, k1 = (i + 1) & (_SIDE - 1), (k + 1) & (_SIDE - 1)
-    near = _LATTICE[i, k] + fx * (_LATTICE[i1, k] - _LATTICE[i, k])
-    far = _LATTICE[i, k1] + fx * (_LATTICE[i1, k1] - _LATTICE[i, k1])
+    row, next_row = i * _SIDE, ((i + 1) & (_SIDE - 1)) * _SIDE
+    next_k = (k + 1) & (_SIDE - 1)
+    corner = _FLAT.take(row + k)
+    near = corner + fx * (_FLAT.take(next_row + k) - corner)
+    corner = _FLAT.take(row + next_k)
+    far = corner + fx * (_FLAT.take(next_row + next_k) - corner)
     return near + fz * (far - near)
 
 
@@ -120,4 +135,4 @@ def _dots(x: F32, y: F32, z: F32) -> NDArray[np.bool_]:
         shift = _LATTICE[(i + 17 * axis) & 63, (j * 5 + k * 13 + 7 * axis) & 63]
         gap = value - cell - (0.35 + 0.3 * shift)
         square = square + gap * gap
-    return square < 0.115
+    return square < 0.08

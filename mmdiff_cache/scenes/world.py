@@ -27,7 +27,8 @@ MATERIAL_NAMES = ("sky", "ground", *TEXTURES)
 # (colour, shape) pairs that the split `pretrain` never shows: 4 of 48. Every other split may show them.
 HELD_OUT_PAIRS = (("red", "cone"), ("blue", "capsule"), ("green", "box"), ("yellow", "cylinder"))
 
-COUNT_WEIGHTS = (0.40, 0.34, 0.18, 0.08)  # one, two, three, four objects
+TEXTURE_WEIGHTS = (0.34, 0.22, 0.22, 0.22)
+COUNT_WEIGHTS = (0.38, 0.34, 0.18, 0.10)  # one, two, three, four objects
 
 
 def check_address(split: str, index: int, size: int) -> None:
@@ -37,14 +38,14 @@ def check_address(split: str, index: int, size: int) -> None:
     if index < 0:
         raise ConfigError(f"a scene's index must be 0 or more, not {index}; numbering starts at 0")
     if size < 16:
-        raise ConfigError(f"a scene's size must be at least 16 pixels, not {size}; the usual ones are 64 and 128")
+        raise ConfigError(f"a scene's size must be at least 16 pixels, not {size}; the usual one is 128")
 
 
 def stream(split: str, index: int, purpose: str) -> np.random.Generator:
     """Random stream of one scene and one purpose ('layout', 'caption', 'noise').
 
-    The Philox key is a hash of (world version, split, index, purpose): two splits cannot share a scene, a scene does
-    not depend on the others, and rewording a caption cannot move an object.
+    The Philox key is a hash of (world version, split, index, purpose): two splits cannot share a scene, a
+    scene does not depend on the others, and rewording a caption cannot move an object.
     """
     text = f"scenes/{WORLD_VERSION}/{split}/{index}/{purpose}"
     key = int.from_bytes(hashlib.sha256(text.encode()).digest()[:16], "little")
