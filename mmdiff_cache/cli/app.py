@@ -1,0 +1,95 @@
+"""The typer application, its commands, and what becomes of an error: one line and an exit code."""
+
+import errno
+import logging
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+
+import typer
+
+from mmdiff_cache import __version__
+from mmdiff_cache.cli import everyday
+from mmdiff_cache.cli.console import err, fail, out
+from mmdiff_cache.errors import MMDiffError, StorageError
+
+INTERRUPTED = 130
+_STORAGE_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+
+app = typer.Typer(
+    name="mmdiff-cache",
+    help="Run a diffusion transformer once, keep its features, train heads on them as often as you like.",
+    rich_markup_mode="rich",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        out.print(f"mmdiff-cache {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
+) -> None:
+    """Run a diffusion transformer once, keep its features, train heads on them as often as you like."""
+
+
+EVERYDAY = "Everyday"
+for command in (
+    everyday.demo,
+    everyday.extract,
+    everyday.train,
+    everyday.evaluate,
+    everyday.predict,
+    everyday.inspect,
+):
+    app.command(rich_help_panel=EVERYDAY)(command)
+
+
+def main() -> None:
+    """The console script."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command line and return its exit code.
+
+    0 done, 1 damage found, 2 a wrong request, 3 finished with failed samples, 4 the disk refuses, 130 interrupted.
+    """
+    try:
+        code = app(args=list(arguments) or ["--help"], prog_name="mmdiff-cache", standalone_mode=False)
+    except MMDiffError as error:
+        fail(str(error))
+        return error.exit_code
+    except typer.TyperException as error:
+        return _wrong_usage(error)
+    except (KeyboardInterrupt, typer.Abort):
+        line = shlex.join(["mmdiff-cache", *arguments])
+        err.print("\ninterrupted; what was finished is kept. The same command continues:", markup=False)
+        err.print(line, markup=False, soft_wrap=True)
+        return INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        if error.errno not in _STORAGE_FAULTS:
+            raise
+        fail(f"{error.strerror}: {error.filename or 'while writing'}; free some space or choose another folder")
+        return StorageError.exit_code
+    return code if isinstance(code, int) else 0
+
+
+def _wrong_usage(error: typer.TyperException) -> int:
+    """An unknown option or a missing argument, with the help to read."""
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context is not None else "mmdiff-cache"
+    text = error.format_message() if hasattr(error, "format_message") else str(error)
+    fail(f"{text.rstrip('.')}; see '{command} --help'")
+    return MMDiffError.exit_code

@@ -1,0 +1,102 @@
+"""One configuration out of four places, the later wins: defaults, `--config FILE`, flags, `--set`."""
+
+import importlib.util
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any, TypeVar
+
+from mmdiff_cache.config import Config
+from mmdiff_cache.errors import ConfigError
+
+C = TypeVar("C", bound=Config)
+
+
+def compose(
+    kind: type[C], verb: str, file: Path | None, flags: Mapping[str, Any], assignments: Sequence[str]
+) -> C:
+    """Build a configuration. `verb` is the recipe's function (`extract`, `train`); flags that are None do not count.
+
+    Raises ConfigError for a file, field or value that does not fit.
+    """
+    values = {} if file is None else read_file(kind, verb, file).to_json()
+    values |= {name: value for name, value in flags.items() if value is not None}
+    return kind.from_json(values).override(parse_assignments(assignments))
+
+
+def read_file(kind: type[C], verb: str, file: Path) -> C:
+    """The configuration that a recipe's function returns, or that an earlier run wrote as JSON."""
+    if not file.is_file():
+        raise ConfigError(f"--config needs a recipe (.py) or a config.json, and {file} is not a file")
+    if file.suffix == ".py":
+        return _from_recipe(kind, verb, file)
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{file} is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{file} must hold one JSON object with the fields of {kind.__name__}")
+    return kind.from_json(values)
+
+
+def _from_recipe(kind: type[C], verb: str, file: Path) -> C:
+    function = getattr(_load(file), verb, None)
+    if not callable(function):
+        raise ConfigError(f"{file} has no function {verb}(); a recipe for '{verb}' returns a {kind.__name__} from it")
+    config = function()
+    if not isinstance(config, kind):
+        raise ConfigError(f"{verb}() in {file} must return a {kind.__name__}, it returned {type(config).__name__}")
+    return config
+
+
+def _load(file: Path) -> ModuleType:
+    """Run a recipe as a module of its own."""
+    spec = importlib.util.spec_from_file_location(f"recipe_{file.stem}", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"{file} cannot be run: {type(error).__name__}: {error}") from error
+    return module
+
+
+def parse_assignments(assignments: Sequence[str]) -> dict[str, str]:
+    """`--set key.of.json=value` into a mapping."""
+    pairs = [assignment.partition("=") for assignment in assignments]
+    for (key, equals, _), assignment in zip(pairs, assignments, strict=True):
+        if not key or not equals:
+            raise ConfigError(f"--set needs KEY=VALUE such as aggregator.layer_scale=1e-4, got {assignment!r}")
+    return {key.strip(): value.strip() for key, _, value in pairs}
+
+
+def parse_list(text: str | None) -> list[str] | None:
+    """`single.4,single.15` into its parts; None stays None."""
+    return None if text is None else [part.strip() for part in text.split(",") if part.strip()]
+
+
+def parse_numbers(option: str, text: str | None) -> list[float] | None:
+    """`0.78,0.26` into numbers; None stays None."""
+    try:
+        return None if text is None else [float(part) for part in parse_list(text) or []]
+    except ValueError:
+        raise ConfigError(f"{option} needs numbers separated by commas such as 0.78,0.26, got {text!r}") from None
+
+
+def parse_vocabularies(options: Sequence[str] | None) -> dict[str, list[str]] | None:
+    """`name=word,word` options into vocabularies; `none` alone means no vocabulary, no option the default ones."""
+    if not options:
+        return None
+    if list(options) == ["none"]:
+        return {}
+    vocabularies: dict[str, list[str]] = {}
+    for option in options:
+        name, equals, words = option.partition("=")
+        if not equals or not name.strip():
+            raise ConfigError(f"--concepts needs NAME=WORD,WORD,... (or none), got {option!r}")
+        vocabularies[name.strip()] = parse_list(words) or []
+    return vocabularies

@@ -1,0 +1,62 @@
+"""What the commands print with: two consoles, a progress bar with an ETA, and the closing line to paste."""
+
+import shlex
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+Advance = Callable[[int, int, str], None]
+"""Called with what is done, the total, and a few words on the present state."""
+
+
+def say(text: str) -> None:
+    """Print text as it is: square brackets in names are not markup, long paths are not broken."""
+    out.print(text, markup=False, soft_wrap=True)
+
+
+def fail(message: str) -> None:
+    """One red line on standard error."""
+    err.print(f"[bold red]error:[/] [red]{escape(' '.join(message.split()))}[/]", soft_wrap=True)
+
+
+def next_command(*words: str) -> None:
+    """Close a command with the line to type next."""
+    out.print(f"\n[dim]next:[/]  [bold]{escape(shlex.join(words))}[/]", soft_wrap=True)
+
+
+@contextmanager
+def progress_bar(verb: str) -> Iterator[Advance]:
+    """A bar with counts, elapsed time and ETA on standard error; it shows nothing where that is not a terminal."""
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+        TextColumn("ETA"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[state]}"),
+        console=err,
+        disable=not err.is_terminal,
+    )
+    with bar:
+        task = bar.add_task(verb, total=None, state="")
+
+        def advance(done: int, total: int, state: str = "") -> None:
+            bar.update(task, completed=done, total=total, state=escape(state))
+
+        yield advance

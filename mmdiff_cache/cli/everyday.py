@@ -1,0 +1,179 @@
+"""The six everyday commands. Each parses, calls the public names, prints, and ends with the line to type next.
+
+Everything heavy is imported inside the commands, so that `--help` stays quick.
+"""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mmdiff_cache.cli.configuration import compose, parse_list, parse_numbers, parse_vocabularies
+from mmdiff_cache.cli.console import next_command, progress_bar, say
+from mmdiff_cache.config import ExtractConfig, TrainConfig
+from mmdiff_cache.errors import ConfigError
+
+SOME_FAILED = 3
+
+ConfigFile = Annotated[
+    Path | None, typer.Option("--config", help="A recipe (.py) or the config.json of an earlier run.")
+]
+Assignments = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any other field, named as in config.json.")
+]
+Layers = Annotated[
+    str | None, typer.Option(metavar="A,B", help="Transformer blocks, such as single.4,single.15.")
+]
+Timesteps = Annotated[str | None, typer.Option(metavar="T,T", help="Noise levels in [0, 1]; 1 is pure noise.")]
+BatchSize = Annotated[int | None, typer.Option(help="Samples at once.")]
+Limit = Annotated[int | None, typer.Option(metavar="N", help="Only the first N samples of every split.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="The folder that 'train' wrote.")]
+
+
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder of everything the demo writes.")] = Path("demo"),
+    limit: Annotated[
+        int | None, typer.Option(metavar="N", help="Training samples; fewer are quicker and score worse.")
+    ] = None,
+) -> None:
+    """Show the whole main job on rendered scenes: extract, train three heads, evaluate, predict, draw."""
+    from mmdiff_cache import demo as job
+
+    with progress_bar("demo") as advance:
+        result = job.run_demo(out, limit=limit, say=say, progress=advance)
+    next_command(*result.next_command)
+
+
+def extract(
+    dataset: Annotated[str | None, typer.Option(help="Data set: scenes, images ...")] = None,
+    data_root: Annotated[str | None, typer.Option(help="Folder of the data set's files.")] = None,
+    split: Annotated[list[str] | None, typer.Option(help="A split to extract; may be repeated.")] = None,
+    backbone: Annotated[str | None, typer.Option(help="A known name or a folder in diffusers' format.")] = None,
+    store: Annotated[str | None, typer.Option(help="Folder to write; data/<dataset>/<backbone> by default.")] = None,
+    layers: Layers = None,
+    timesteps: Timesteps = None,
+    concepts: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=WORD,...", help="A concept vocabulary; may be repeated; 'none' for none."),
+    ] = None,
+    resolution: Annotated[int | None, typer.Option(help="Side of the network input in pixels.")] = None,
+    batch_size: BatchSize = None,
+    prompts: Annotated[str | None, typer.Option(help="empty, scene, oracle, or a JSONL file of prompts.")] = None,
+    limit: Limit = None,
+    config: ConfigFile = None,
+    set_: Assignments = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
+) -> None:
+    """Stage one: run the backbone once over a data set and keep its features. Safe to stop and run again."""
+    import mmdiff_cache as mm
+
+    flags = {
+        "dataset": dataset,
+        "data_root": data_root,
+        "splits": split or None,
+        "backbone": backbone,
+        "store": store,
+        "layers": parse_list(layers),
+        "timesteps": parse_numbers("--timesteps", timesteps),
+        "concepts": parse_vocabularies(concepts),
+        "resolution": resolution,
+        "batch_size": batch_size,
+        "prompts": prompts,
+        "limit": limit,
+    }
+    plan = mm.plan(compose(ExtractConfig, "extract", config, flags, set_ or []))
+    say(str(plan))
+    if dry_run:
+        return
+    with progress_bar("extract") as advance:
+        written = mm.extract(plan, progress=advance)
+    say(f"\n{written}")
+    next_command("mmdiff-cache", "train", "--task", "depth", "--store", str(written.path))
+
+
+def train(
+    task: Annotated[str | None, typer.Option(help="segmentation, saliency or depth.")] = None,
+    store: Annotated[
+        list[str] | None, typer.Option(help="A store to learn from; may be repeated. By default the only fitting one.")
+    ] = None,
+    run: Annotated[str | None, typer.Option(help="Folder to write, or to go on with.")] = None,
+    layers: Layers = None,
+    timesteps: Timesteps = None,
+    concepts: Annotated[str | None, typer.Option(help="A stored vocabulary, or 'none'.")] = None,
+    decoder: Annotated[str | None, typer.Option(help="deeplabv3plus, dpt or linear.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimisation steps.")] = None,
+    batch_size: BatchSize = None,
+    limit: Limit = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of weights and order.")] = None,
+    config: ConfigFile = None,
+    set_: Assignments = None,
+) -> None:
+    """Stage two: train an aggregator and a head from a store alone; the backbone is never loaded."""
+    import mmdiff_cache as mm
+
+    if task is None and config is None:
+        raise ConfigError("train needs --task segmentation, saliency or depth (or --config FILE)")
+    flags = {
+        "task": task,
+        "stores": store or None,
+        "run": run,
+        "layers": parse_list(layers),
+        "timesteps": parse_numbers("--timesteps", timesteps),
+        "concepts": concepts,
+        "decoder": decoder,
+        "steps": steps,
+        "batch_size": batch_size,
+        "limit": limit,
+        "seed": seed,
+    }
+    chosen = compose(TrainConfig, "train", config, flags, set_ or [])
+    with progress_bar("train") as advance:
+        trained = mm.train(chosen, progress=advance)
+    say(str(trained))
+    next_command("mmdiff-cache", "evaluate", str(trained.path))
+
+
+def evaluate(
+    run: RunFolder,
+    split: Annotated[str | None, typer.Option(help="Split to score; test where there is one.")] = None,
+    weights: Annotated[str, typer.Option(help="ema, raw or best.")] = "ema",
+    as_json: AsJson = False,
+) -> None:
+    """Score a trained run on a split of its store, beside the trivial baselines."""
+    import mmdiff_cache as mm
+
+    scores = mm.evaluate(run, split=split, weights=weights)
+    if as_json:
+        say(json.dumps(scores.to_json(), indent=2))
+        return
+    say(str(scores))
+    next_command("mmdiff-cache", "predict", str(run), "photo.jpg")
+
+
+def predict(
+    run: RunFolder,
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Pictures of any size.")],
+    out: Annotated[Path | None, typer.Option(help="Folder to write; RUN/predictions by default.")] = None,
+) -> None:
+    """Apply a trained run to new pictures: colour PNG, raw array, and one page that shows them side by side."""
+    import mmdiff_cache as mm
+
+    folder = out or run / "predictions"
+    for prediction in mm.predict(run, images, out=folder):
+        say(str(prediction))
+    say(f"\npage  {folder / 'index.html'}")
+
+
+def inspect(
+    store: Annotated[Path | None, typer.Argument(metavar="[STORE]", help="Folder of a store.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Without a store: every store under data/. With one: what it holds, its features' ranges, its labels."""
+    from mmdiff_cache.cli import tables
+
+    if store is None:
+        tables.show_stores(as_json=as_json)
+    else:
+        tables.show_store(store, as_json=as_json)
