@@ -16,7 +16,7 @@ CONCEPT_WORDS = (
 )  # fmt: skip
 NEAR, FAR_AWAY = 3.6, 4.4  # metres: an object is called near below the one, far away above the other
 _WHEN = {
-    "day": ("by day", "in daylight", "at day"),
+    "day": ("by day", "in daylight", "during the day"),
     "dusk": ("at dusk", "in the evening", "at sunset"),
     "night": ("at night", "in the dark", "by moonlight"),
 }
@@ -32,13 +32,13 @@ _FRAMES = (
     "{things} resting {where} {when}",
     "{things}, {ground} ground, {when}",
     "we see {things} {where} {when}",
-    "there is {things} {where} {when}",
+    "a view of {things} {where} {when}",
 )
 _OTHER_WORDS = """
-a an and at away background by camera clear contour dark day daylight depth detail dusk edges
+a an and at away background by camera clear contour dark day daylight depth detail during dusk edges
 evening far fine foreground four front ground grows has horizon in is moonlight near night object
 objects of off on one out picture resting round salient scene see sharp sky stands sunset surface
-the there three to two view we with
+the three to two view we with
 """
 VOCABULARY = tuple(sorted({*COLOURS, *GROUNDS, *SHAPES, *TEXTURES, *_OTHER_WORDS.split()}))
 
