@@ -15,8 +15,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..config import AggregatorConfig
-from ..errors import ConfigError
+from mmdiff_cache.config import AggregatorConfig
+from mmdiff_cache.errors import ConfigError
+
 from .cbam import CBAM
 from .temporal import TemporalTransformer
 
@@ -91,7 +92,8 @@ class TokenAggregator(nn.Module):
             )
         if not 0 <= cleanest < timesteps:
             raise ConfigError(f"the cleanest timestep must be one of {timesteps}, got index {cleanest}")
-        assert config.layer_scale is not None and config.norm is not None
+        assert config.layer_scale is not None
+        assert config.norm is not None
         self.config, self.cleanest = config, cleanest
         self.projections = nn.ModuleList(
             TimestepProjection(channels, width, config.norm) for _ in range(timesteps)

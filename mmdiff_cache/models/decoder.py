@@ -10,16 +10,16 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..errors import ConfigError
+from mmdiff_cache.errors import ConfigError
 
 CHANNELS_PER_GROUP = 8
-"""GroupNorm stands where the papers have batch norm: small batches, and one image never changes another's scores."""
+"""GroupNorm stands where the papers have batch norm: batches are small, and no image alters another's."""
 
 
 class Decoder(nn.Module, ABC):
     """Fused features of L layers and optional guidance maps to one map of `out_channels` at any size.
 
-    Guidance is everything that is concatenated unfused: concept maps and discriminative features (Paper: Sec. 3.3).
+    Guidance is what is concatenated unfused: concept maps and discriminative features (Paper: Sec. 3.3).
     """
 
     head: nn.Conv2d

@@ -1,8 +1,9 @@
 """DeepLabV3+ on fused diffusion features: ASPP for context, a low-level branch for edges, a small decoder.
 
-A diffusion transformer has one grid at every depth, so there is no high-resolution early map to take edges from.
-The low-level input is the fused map of the shallowest tapped layer, and its projection is unfolded to the decoder's
-finer grid: each token's channels hold what lies inside its patch. Paper: Sec. 3.4 and references [5], [6].
+A diffusion transformer has one grid at every depth, so there is no fine early map to take edges from.
+The low-level input is the fused map of the shallowest tapped layer, and its projection is unfolded to the
+decoder's finer grid: each token's channels hold what lies inside its patch.
+Paper: Sec. 3.4 and references [5], [6].
 """
 
 from collections.abc import Sequence
@@ -30,7 +31,7 @@ def aspp_rates(grid: int) -> tuple[int, ...]:
 
 
 class ASPP(nn.Module):
-    """Atrous spatial pyramid pooling: 1 x 1, three dilated 3 x 3, and the mean of the whole map, side by side."""
+    """Atrous spatial pyramid pooling: 1 x 1, three dilated 3 x 3 and the mean of the map, side by side."""
 
     def __init__(self, in_channels: int, width: int, rates: Sequence[int]) -> None:
         super().__init__()
@@ -67,10 +68,11 @@ class LowLevel(nn.Module):
 
 @final
 class DeepLabV3Plus(Decoder):
-    """ASPP over all layers and the guidance, joined with the low-level branch on a grid `upsampling` times finer.
+    """ASPP over all layers and the guidance, joined with the low-level branch on a finer grid.
 
     `features` is D, `guidance` the channels of concept and discriminative maps (they join the ASPP's input),
-    `grid` the side of the token grid. The first of the features must be the shallowest layer's.
+    `grid` the side of the token grid; the decoder's is `upsampling` times as fine.
+    The first of the features must be the shallowest layer's.
     """
 
     def __init__(

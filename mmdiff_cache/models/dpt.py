@@ -1,7 +1,7 @@
 """DPT on fused diffusion features: the layers become a pyramid and are fused from coarse to fine.
 
-A transformer's layers share one grid, so the pyramid is made: the shallowest layer becomes the finest level, the
-deepest the coarsest, each a factor of two apart. Paper: Sec. 3.4 and reference [37] (Ranftl et al., 2021).
+A transformer's layers share one grid, so the pyramid is made: the shallowest layer becomes the finest level,
+the deepest the coarsest, each a factor of two apart. Paper: Sec. 3.4 and reference [37] (Ranftl, 2021).
 """
 
 from collections.abc import Sequence
@@ -15,12 +15,14 @@ from torch.nn import functional
 from .decoder import Decoder, check_width, resize
 
 LEVEL_SHARE = (4, 2, 1)
-"""Channels inside the levels, finest first, are width / share; further levels keep the width. Reference [37] widens
-its levels with depth in the same way."""
+"""Channels inside the levels, finest first, are width / share; further levels keep the width.
+
+Reference [37] widens its levels with depth in the same way.
+"""
 
 
 class Reassemble(nn.Module):
-    """One layer's map to one level of the pyramid: 1 x 1 projection, change of grid, 3 x 3 to the common width.
+    """One layer's map to one level of the pyramid: 1 x 1, change of grid, 3 x 3 to the common width.
 
     `exponent` is log2 of the level's grid over the token grid: 2 makes it four times finer, -1 half as fine.
     Learned transposed convolutions go up, strided 3 x 3 convolutions go down.

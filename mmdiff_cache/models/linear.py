@@ -1,4 +1,4 @@
-"""The linear probe: one 1 x 1 convolution on everything concatenated. It shows what the features alone hold."""
+"""The linear probe: one 1 x 1 convolution on everything concatenated shows what the features alone hold."""
 
 from collections.abc import Sequence
 from typing import final

@@ -1,4 +1,4 @@
-"""The model of stage two: one aggregator a layer, concept and discriminative maps beside them, a decoder on top.
+"""The model of stage two: an aggregator a layer, concept and discriminative maps beside, a decoder on top.
 
 It is rebuilt from its `ModelSpec`, plain values that a checkpoint stores beside the weights.
 """
@@ -7,14 +7,15 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Self
+from typing import Literal, Self, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..config import AggregatorConfig, Config, DecoderName
-from ..errors import ConfigError
+from mmdiff_cache.config import AggregatorConfig, Config, DecoderName
+from mmdiff_cache.errors import ConfigError
+
 from .aggregator import TokenAggregator, resolve_aggregator
 from .decoder import CHANNELS_PER_GROUP, Decoder, resize
 from .deeplabv3plus import DeepLabV3Plus
@@ -22,9 +23,9 @@ from .dpt import DPT
 from .linear import Linear
 
 DECODER_STRIDE = 4
-"""Decoders work on a grid of one place for 4 x 4 pixels, as DeepLabV3+ and DPT do on their usual backbones."""
+"""Decoders work on a grid of one place for 4 x 4 pixels, as DeepLabV3+ and DPT do on their own backbones."""
 WIDEST_DECODER = 256
-"""Width of both decoders in references [6] and [37]; with D = 768 it gives the paper's 36 M (docs/paper-notes.md)."""
+"""Width of both decoders in references [6] and [37]; with D = 768 it gives the paper's 36 M."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,7 +104,7 @@ class MMDiff(nn.Module):
 
     @classmethod
     def from_spec(cls, spec: ModelSpec) -> Self:
-        """Build the model that a spec describes, with fresh weights. Raises ConfigError on a spec that cannot hold."""
+        """Build the model that a spec describes, with fresh weights; ConfigError if it cannot hold."""
         spec = resolve_model(spec)
         assert spec.aggregator.width is not None
         aggregators = [
@@ -137,15 +138,11 @@ class MMDiff(nn.Module):
         output = self.decoder(features, self._guidance(concepts, discriminative), size)
         return output.exp() if self.spec.output == "depth" else output
 
-    def aggregation_weights(
-        self, hidden_states: Float[Tensor, "B T L h w C"]
-    ) -> Float[Tensor, "B T L h w"]:
+    def aggregation_weights(self, hidden_states: Float[Tensor, "B T L h w C"]) -> Float[Tensor, "B T L h w"]:
         """What each timestep counts at each token, layer by layer; 1 in sum over T."""
-        weights = [
-            aggregator.aggregate(x).weights
-            for aggregator, x in zip(self.aggregators, hidden_states.unbind(dim=2), strict=True)
-        ]
-        return torch.stack(weights, dim=2)
+        aggregators = cast(Sequence[TokenAggregator], self.aggregators)
+        layers = zip(aggregators, hidden_states.unbind(dim=2), strict=True)
+        return torch.stack([aggregator.aggregate(x).weights for aggregator, x in layers], dim=2)
 
     def parameter_counts(self) -> Mapping[str, int]:
         """Trainable parameters of each part: aggregators, decoder, head."""
@@ -170,7 +167,8 @@ class MMDiff(nn.Module):
 
 
 def _build_decoder(spec: ModelSpec) -> Decoder:
-    assert spec.aggregator.width is not None and spec.decoder_width is not None
+    assert spec.aggregator.width is not None
+    assert spec.decoder_width is not None
     common = {
         "layers": spec.layers,
         "features": spec.aggregator.width,
@@ -182,9 +180,7 @@ def _build_decoder(spec: ModelSpec) -> Decoder:
     upsampling = decoder_upsampling(spec.patch)
     if spec.decoder == "dpt":
         return DPT(**common, width=spec.decoder_width, upsampling=upsampling)
-    return DeepLabV3Plus(
-        **common, width=spec.decoder_width, grid=min(spec.grid), upsampling=upsampling
-    )
+    return DeepLabV3Plus(**common, width=spec.decoder_width, grid=min(spec.grid), upsampling=upsampling)
 
 
 def _count(module: nn.Module) -> int:

@@ -55,7 +55,7 @@ class Block(nn.Module):
 class TemporalTransformer(nn.Module):
     """Temporal position embedding and `depth` pre-norm blocks; no norm at the end.
 
-    At the start the blocks are the identity but for LayerScale, as App. F asks, so the output is the input plus positions.
+    LayerScale makes the blocks nearly the identity at the start, as App. F asks: output = input + positions.
     """
 
     def __init__(
