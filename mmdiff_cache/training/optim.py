@@ -4,43 +4,34 @@ The paper gives no schedule and no weight decay; the warm-up and cosine are ours
 """
 
 import math
-from collections.abc import Iterator
 from functools import partial
 
 from torch import nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
-from mmdiff_cache.models.mmdiff import MMDiff
-
 WARMUP_SHARE = 0.05
 """Of all steps, at most LONGEST_WARMUP, the rate rises from near zero."""
 LONGEST_WARMUP = 500
 
 
-def make_optimizer(model: MMDiff, *, learning_rate: float, decoder_rate: float, weight_decay: float) -> AdamW:
-    """AdamW in four groups: aggregators and decoder (with its head), each with and without weight decay.
+def make_optimizer(
+    model: nn.Module, *, learning_rate: float, decoder_rate: float, weight_decay: float
+) -> AdamW:
+    """AdamW over every parameter that takes a gradient, in up to four groups.
 
-    The decoder's rate is `decoder_rate` times the base rate. Matrices and kernels decay; biases, norms,
-    scales, gates and position embeddings do not.
+    What lies in the submodule `decoder` (its head included) learns at `decoder_rate` times the base rate.
+    Matrices and kernels decay; biases, norms, scales, gates and position embeddings do not.
     """
-    groups = [
-        {"params": parameters, "lr": learning_rate * rate, "weight_decay": decay}
-        for part, rate in ((model.aggregators, 1.0), (model.decoder, decoder_rate))
-        for decay, parameters in (
-            (weight_decay, list(_parameters(part, decayed=True))),
-            (0.0, list(_parameters(part, decayed=False))),
-        )
-        if parameters
-    ]
-    return AdamW(groups, lr=learning_rate)
-
-
-def _parameters(part: nn.Module, *, decayed: bool) -> Iterator[nn.Parameter]:
-    for name, parameter in part.named_parameters():
-        is_weight = parameter.ndim >= 2 and not name.endswith("positions")
-        if is_weight == decayed:
-            yield parameter
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            rate = learning_rate * (decoder_rate if name.startswith("decoder.") else 1.0)
+            decay = weight_decay if parameter.ndim >= 2 and not name.endswith("positions") else 0.0
+            groups.setdefault((rate, decay), []).append(parameter)
+    return AdamW(
+        [{"params": group, "lr": rate, "weight_decay": decay} for (rate, decay), group in groups.items()]
+    )
 
 
 def make_schedule(optimizer: AdamW, *, steps: int) -> LambdaLR:
