@@ -1,0 +1,161 @@
+"""The command line: what it composes, how it refuses, and what it says when it is stopped."""
+
+import errno
+import json
+from pathlib import Path
+
+import pytest
+
+from mmdiff_cache.cli import app as application
+from mmdiff_cache.cli.app import run
+from mmdiff_cache.cli.configuration import compose, parse_vocabularies
+from mmdiff_cache.config import ExtractConfig, TrainConfig
+from mmdiff_cache.errors import ConfigError, DamageError, MMDiffError, StorageError, StoreError
+
+RECIPE = """
+from mmdiff_cache.config import ExtractConfig, TrainConfig
+
+def extract() -> ExtractConfig:
+    return ExtractConfig(dataset="scenes", limit=5, layers=("single.1",))
+
+def train() -> TrainConfig:
+    return TrainConfig(task="depth", steps=7)
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.py"
+    path.write_text(RECIPE)
+    return path
+
+
+def test_the_later_of_file_flag_and_assignment_wins(recipe: Path) -> None:
+    config = compose(
+        ExtractConfig,
+        "extract",
+        recipe,
+        {"limit": 6, "batch_size": 2, "layers": None},
+        ["batch_size=3", "noise.seed=4", "partition_size=9"],
+    )
+    assert (config.limit, config.layers, config.batch_size) == (6, ("single.1",), 3)
+    assert (config.noise.seed, config.partition_size) == (4, 9)
+    assert config.dataset == ExtractConfig().dataset
+
+
+def test_a_config_json_of_an_earlier_run_gives_the_same_configuration(tmp_path: Path) -> None:
+    config = TrainConfig(task="depth", layers=("single.4",), timesteps=(0.26,), steps=3)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(config.to_json()))
+    assert compose(TrainConfig, "train", path, {}, []) == config
+
+
+def test_one_recipe_serves_both_stages(recipe: Path) -> None:
+    assert compose(TrainConfig, "train", recipe, {}, []) == TrainConfig(task="depth", steps=7)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("missing.py", None, "not a file"),
+        ("no_function.py", "x = 1", "has no function extract()"),
+        ("broken.py", "1 / 0", "ZeroDivisionError"),
+        ("syntax.py", "def", "SyntaxError"),
+        ("wrong.py", "def extract():\n    return 3", "must return a ExtractConfig"),
+        ("text.json", "no json", "is not JSON"),
+        ("list.json", "[]", "one JSON object"),
+        ("field.json", '{"datset": "scenes"}', "no field 'datset'"),
+    ],
+)
+def test_a_config_file_that_cannot_be_used_says_why(
+    tmp_path: Path, name: str, content: str | None, words: str
+) -> None:
+    path = tmp_path / name
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(ConfigError) as caught:
+        compose(ExtractConfig, "extract", path, {}, [])
+    assert words in str(caught.value)
+
+
+def test_vocabularies_from_options() -> None:
+    assert parse_vocabularies(None) is None
+    assert parse_vocabularies(["none"]) == {}
+    assert parse_vocabularies(["a=near,in front of", "b= x , y "]) == {
+        "a": ["near", "in front of"],
+        "b": ["x", "y"],
+    }
+    with pytest.raises(ConfigError, match="NAME=WORD"):
+        parse_vocabularies(["near,far"])
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        (["extract", "--datset", "scenes"], "No such option"),
+        (["extrct"], "No such command"),
+        (["evaluate"], "Missing argument"),
+        (["extract", "--limit", "many"], "not a valid"),
+        (["extract", "--timesteps", "0.3,x"], "--timesteps needs numbers"),
+        (["extract", "--timesteps", "1.2"], "timesteps lie in [0, 1]"),
+        (["extract", "--concepts", "near,far"], "--concepts needs NAME=WORD"),
+        (["extract", "--set", "noise.seeed=1"], "no field 'seeed'"),
+        (["extract", "--set", "limit"], "--set needs KEY=VALUE"),
+        (["extract", "--dataset", "[bold]x[/bold]"], "'[bold]x[/bold]' is not known"),
+        (["train"], "train needs --task"),
+        (["train", "--task", "depth", "--set", "holdout=2"], "holdout must lie in [0, 1)"),
+    ],
+)
+def test_a_wrong_request_is_one_line_and_exit_code_2(
+    line: list[str], words: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(line) == 2
+    captured = capfd.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("error: ")
+    assert words in captured.err
+    assert captured.err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == [], "a refused request writes nothing"
+
+
+def raising(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let every command end in `error`."""
+
+    def fail(**_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(application, "app", fail)
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (ConfigError("a"), 2),
+        (StoreError("two\nlines"), 2),
+        (DamageError("c"), 1),
+        (StorageError("d"), 4),
+        (OSError(errno.ENOSPC, "No space left on device", "/x"), 4),
+        (MMDiffError("[red]e"), 2),
+    ],
+)
+def test_each_kind_of_error_has_its_exit_code_and_one_line(
+    error: BaseException, code: int, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raising(error, monkeypatch)
+    assert run(["inspect"]) == code
+    assert capfd.readouterr().err.count("\n") == 1
+
+
+def test_our_own_mistakes_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    raising(ZeroDivisionError("a bug"), monkeypatch)
+    with pytest.raises(ZeroDivisionError):
+        run(["inspect"])
+
+
+def test_an_interrupted_command_names_the_line_that_goes_on(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raising(KeyboardInterrupt(), monkeypatch)
+    assert run(["extract", "--data-root", "my pictures"]) == 130
+    assert "mmdiff-cache extract --data-root 'my pictures'" in capfd.readouterr().err
