@@ -7,14 +7,15 @@ of every file that was written with it, which makes the metadata of all arrays p
 
 import dataclasses
 import hashlib
+import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from ..config import Config
-from ..errors import ConfigError, DamageError, StoreError
+from mmdiff_cache.errors import ConfigError, DamageError, StoreError
+
 from .records import Partition, canonical, partitions, seal, unseal
 from .schema import FORMAT_VERSION, StoreSchema, Vocabulary, check_name
 
@@ -23,7 +24,7 @@ Part = Literal["identity", "contents", "layout", "data", "provenance"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Manifest(Config):
+class Manifest:
     """Everything a store says about itself. It holds no time, process or host: equal plans give equal bytes."""
 
     identity: Mapping[str, Any]
@@ -40,7 +41,10 @@ class Manifest(Config):
     """SHA-256 (hex) of every file written with the manifest, by path; filled when the store is created."""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.identity.get("noise"), Mapping) or type(self.identity["noise"].get("seed")) is not int:
+        if (
+            not isinstance(self.identity.get("noise"), Mapping)
+            or type(self.identity["noise"].get("seed")) is not int
+        ):
             raise ConfigError("identity of a store must hold noise.seed, a whole number")
         if not self.splits:
             raise ConfigError("a store must have at least one split")
@@ -117,8 +121,6 @@ def read_manifest(root: Path) -> Manifest:
 
 def _check_version(data: bytes, path: Path) -> None:
     """Say so when another version of the format wrote the file, before its seal is judged by our rules."""
-    import json
-
     try:
         body = json.loads(data)
     except ValueError:
@@ -165,14 +167,6 @@ def compare(stored: Manifest, asked: Manifest) -> list[Difference]:
     ]
 
 
-def is_smaller(stored: Manifest, asked: Manifest) -> bool:
-    """Whether `asked` wants less than is stored (it must fit). What is not yet extracted cannot be finished by it."""
-    whole = ("layers", "timesteps", "variants", "vocabularies", "labels")
-    less = any(len(getattr(asked.schema, name)) < len(getattr(stored.schema, name)) for name in whole)
-    blocks = [{v.name: len(v.blocks) for v in schema.vocabularies} for schema in (stored.schema, asked.schema)]
-    return less or blocks[0] != blocks[1] or dict(asked.splits) != dict(stored.splits)
-
-
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key in values:
         value = values[key]
@@ -198,14 +192,20 @@ def _contents(stored: StoreSchema, asked: StoreSchema) -> Iterator[Difference]:
         yield Difference(part="contents", field="timesteps", stored=stored.timesteps, asked=asked.timesteps)
     for name in ("grid", "channels", "latent_channels", "image_size"):
         if getattr(stored, name) != getattr(asked, name):
-            yield Difference(part="contents", field=name, stored=getattr(stored, name), asked=getattr(asked, name))
+            yield Difference(
+                part="contents", field=name, stored=getattr(stored, name), asked=getattr(asked, name)
+            )
     vocabularies = {vocabulary.name: vocabulary for vocabulary in stored.vocabularies}
     for want in asked.vocabularies:
         yield from _vocabulary(vocabularies.get(want.name), want)
     labels = {label.spec.name: label for label in stored.labels}
     for label in asked.labels:
         have = labels.get(label.spec.name)
-        fits = have is not None and have.spec == label.spec and all(a <= b for a, b in zip(label.canvas, have.canvas))
+        fits = (
+            have is not None
+            and have.spec == label.spec
+            and all(a <= b for a, b in zip(label.canvas, have.canvas))
+        )
         if not fits:
             yield Difference(part="contents", field=f"labels.{label.spec.name}", stored=have, asked=label)
 
@@ -225,7 +225,9 @@ def _vocabulary(have: Vocabulary | None, want: Vocabulary) -> Iterator[Differenc
         yield Difference(part="contents", field=f"{name}.map_blocks", stored=averaged[0], asked=averaged[1])
 
 
-def _data(stored: Mapping[str, tuple[str, ...]], asked: Mapping[str, tuple[str, ...]]) -> Iterator[Difference]:
+def _data(
+    stored: Mapping[str, tuple[str, ...]], asked: Mapping[str, tuple[str, ...]]
+) -> Iterator[Difference]:
     for split, want in asked.items():
         have = stored.get(split)
         if have is None:
@@ -242,7 +244,9 @@ def _data(stored: Mapping[str, tuple[str, ...]], asked: Mapping[str, tuple[str, 
 def _layout(stored: StoreSchema, asked: StoreSchema) -> Iterator[Difference]:
     for name in ("partition_size", "codec"):
         if getattr(stored, name) != getattr(asked, name):
-            yield Difference(part="layout", field=name, stored=getattr(stored, name), asked=getattr(asked, name))
+            yield Difference(
+                part="layout", field=name, stored=getattr(stored, name), asked=getattr(asked, name)
+            )
 
 
 def with_metadata(manifest: Manifest, files: Mapping[str, bytes]) -> Manifest:

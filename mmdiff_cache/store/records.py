@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ..config import Config
-from ..errors import ConfigError, DamageError
+from mmdiff_cache.config import Config
+from mmdiff_cache.errors import ConfigError, DamageError
+
 from .schema import FORMAT_VERSION
 
 State = Literal["done", "failed"]
@@ -83,7 +84,9 @@ class Record(Config):
 
 def canonical(values: Any) -> bytes:
     """JSON in the one form that is hashed: sorted keys, no spaces, UTF-8."""
-    return json.dumps(values, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+    return json.dumps(
+        values, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
+    ).encode()
 
 
 def seal(values: Mapping[str, Any]) -> bytes:
@@ -131,9 +134,13 @@ def read_record(root: Path, partition: Partition, identity: str, ids: Sequence[s
         raise DamageError(f"{path} is not a completion record: {error}") from error
     place = (record.split, record.partition, record.start, record.stop)
     if place != (partition.split, partition.index, partition.start, partition.stop):
-        raise DamageError(f"{path} is the record of {place}, not of samples {partition.start} to {partition.stop}")
+        raise DamageError(
+            f"{path} is the record of {place}, not of samples {partition.start} to {partition.stop}"
+        )
     if record.identity != identity:
-        raise DamageError(f"{path} was written under another identity ({record.identity[:12]}, not {identity[:12]})")
+        raise DamageError(
+            f"{path} was written under another identity ({record.identity[:12]}, not {identity[:12]})"
+        )
     if [sample.sample_id for sample in record.samples] != list(ids):
         raise DamageError(f"{path} lists other samples than the manifest does")
     return record

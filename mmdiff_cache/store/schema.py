@@ -11,9 +11,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ..config import Config
-from ..errors import ConfigError
-from ..records import STATISTICS, LabelSpec
+from mmdiff_cache.config import Config
+from mmdiff_cache.errors import ConfigError
+from mmdiff_cache.records import STATISTICS, LabelSpec
 
 FORMAT_VERSION = 1
 
@@ -37,7 +37,9 @@ The low end of what was measured: bfloat16 leaves three empty mantissa bits in a
 def check_name(name: str, what: str) -> str:
     """Return a name that is safe as a folder name, or raise ConfigError."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}", name):
-        raise ConfigError(f"{what} {name!r} must be 1 to 100 letters, digits, '_' or '-', starting with a letter or digit")
+        raise ConfigError(
+            f"{what} {name!r} must be 1 to 100 letters, digits, '_' or '-', starting with a letter or digit"
+        )
     return name
 
 
@@ -122,10 +124,14 @@ def _check_vocabulary(vocabulary: Vocabulary) -> None:
     for name in ("concepts", "blocks"):
         values: tuple[str, ...] = getattr(vocabulary, name)
         if not values or len(set(values)) != len(values):
-            raise ConfigError(f"{name} of vocabulary {vocabulary.name!r} must be distinct and at least one, got {values}")
+            raise ConfigError(
+                f"{name} of vocabulary {vocabulary.name!r} must be distinct and at least one, got {values}"
+            )
     unknown = sorted(set(vocabulary.map_blocks) - set(vocabulary.blocks))
     if unknown:
-        raise ConfigError(f"map_blocks of vocabulary {vocabulary.name!r} names {unknown[0]!r}, which is not one of its blocks")
+        raise ConfigError(
+            f"map_blocks of vocabulary {vocabulary.name!r} names {unknown[0]!r}, which is not one of its blocks"
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -161,7 +167,11 @@ def arrays(schema: StoreSchema, samples: int) -> tuple[ArraySpec, ...]:
         *_coordinates(schema),
         _hidden_states(schema, samples),
         *_small_arrays(schema, samples),
-        *(spec for vocabulary in schema.vocabularies for spec in _concept_arrays(schema, vocabulary, samples)),
+        *(
+            spec
+            for vocabulary in schema.vocabularies
+            for spec in _concept_arrays(schema, vocabulary, samples)
+        ),
         *(spec for label in schema.labels for spec in _label_arrays(schema, label, samples)),
     )
 
@@ -186,7 +196,9 @@ def _hidden_states(schema: StoreSchema, samples: int) -> ArraySpec:
     )
 
 
-def _coordinate(path: str, dtype: str, values: tuple[Scalar, ...], dim: str | None = None, **attributes: str) -> ArraySpec:
+def _coordinate(
+    path: str, dtype: str, values: tuple[Scalar, ...], dim: str | None = None, **attributes: str
+) -> ArraySpec:
     return ArraySpec(
         path=path,
         dtype=dtype,
@@ -207,9 +219,13 @@ def _coordinates(schema: StoreSchema) -> tuple[ArraySpec, ...]:
     t_note = "t in [0, 1]; 0 = the clean latent, 1 = pure noise; the group attribute 'noise' gives x_t"
     return (
         _coordinate("timestep", "float64", schema.timesteps, long_name=t_note, units="1"),
-        _coordinate("layer", "string", schema.layers, long_name="address of the block: kind.number, counted from 0"),
+        _coordinate(
+            "layer", "string", schema.layers, long_name="address of the block: kind.number, counted from 0"
+        ),
         _coordinate("noise_draw", "int64", draws, "variant", long_name="number of the noise draw"),
-        _coordinate("flipped", "bool", flips, "variant", long_name="picture and labels mirrored left to right"),
+        _coordinate(
+            "flipped", "bool", flips, "variant", long_name="picture and labels mirrored left to right"
+        ),
         _coordinate("statistic", "string", STATISTICS, long_name="what the last axis of audit holds"),
     )
 
@@ -345,5 +361,7 @@ def file_count(schema: StoreSchema, samples: int) -> int:
     specs = arrays(schema, samples)
     partitions = math.ceil(samples / schema.partition_size)
     shards = {"sample": samples * len(schema.variants), "partition": partitions, "whole": 1}
-    groups = {"/".join(spec.path.split("/")[:depth]) for spec in specs for depth in range(spec.path.count("/") + 1)}
+    groups = {
+        "/".join(spec.path.split("/")[:depth]) for spec in specs for depth in range(spec.path.count("/") + 1)
+    }
     return sum(shards[spec.split] + 1 for spec in specs) + len(groups) + partitions

@@ -1,0 +1,76 @@
+"""What may enter a partition. A batch that does not fit is a fault of the program; a sample that does not is one of the data."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mmdiff_cache.errors import StoreError
+from mmdiff_cache.records import FeatureBatch, PreparedSample
+
+from .schema import ArraySpec, LabelArray, StoreSchema
+
+
+def feature_arrays(features: FeatureBatch) -> dict[str, NDArray[Any]]:
+    """The arrays of a batch by their path in the store."""
+    return {
+        "hidden_states": features.hidden_states,
+        "latents": features.latents,
+        "audit": features.audit,
+        **{f"concepts/{name}/scores": scores for name, scores in features.concept_scores.items()},
+        **{f"concepts/{name}/maps": maps for name, maps in features.concept_maps.items()},
+    }
+
+
+def check_batch(specs: Mapping[str, ArraySpec], features: FeatureBatch, samples: int) -> None:
+    """Raise StoreError unless the batch has exactly the arrays of the schema, in its shapes and dtypes."""
+    given = feature_arrays(features)
+    wanted = {
+        p: s
+        for p, s in specs.items()
+        if p in ("hidden_states", "latents", "audit") or p.startswith("concepts/")
+    }
+    if given.keys() != wanted.keys():
+        raise StoreError(f"a batch must hold the arrays {sorted(wanted)}, got {sorted(given)}")
+    for path, array in given.items():
+        expected = (samples, *wanted[path].shape[1:])
+        if array.shape != expected or array.dtype != np.dtype(wanted[path].dtype):
+            raise StoreError(
+                f"{path} of a batch must be {wanted[path].dtype} {list(expected)}, got {array.dtype} {list(array.shape)}"
+            )
+
+
+def sample_fault(schema: StoreSchema, sample: PreparedSample, row: Mapping[str, NDArray[Any]]) -> str | None:
+    """Why one sample cannot be stored, in words; None when it can. `row` holds its features by path."""
+    for path, values in row.items():
+        if path != "audit" and not np.isfinite(values).all():
+            return _non_finite(schema, path, values)
+    if sample.image.dtype != np.uint8 or sample.image.shape != (*schema.image_size, 3):
+        return f"image must be uint8 {[*schema.image_size, 3]}, got {sample.image.dtype} {list(sample.image.shape)}"
+    faults = (_label_fault(schema, label, sample) for label in schema.labels)
+    return next((fault for fault in faults if fault is not None), None)
+
+
+def _non_finite(schema: StoreSchema, path: str, values: NDArray[Any]) -> str:
+    bad = np.argwhere(~np.isfinite(values))
+    where = ""
+    if path == "hidden_states":
+        _, step, layer = (int(n) for n in bad[0, :3])
+        where = f", first at t = {schema.timesteps[step]:g}, layer {schema.layers[layer]}"
+    return f"{path} has {len(bad)} values that are not finite{where}"
+
+
+def _label_fault(schema: StoreSchema, label: LabelArray, sample: PreparedSample) -> str | None:
+    name, dtype = label.spec.name, np.dtype("float32" if label.spec.kind == "depth" else "uint8")
+    for maps, limit in ((sample.labels, schema.image_size), (sample.original_labels, label.canvas)):
+        if name not in maps:
+            return f"label {name} is missing"
+        array = maps[name]
+        if array.dtype != dtype or array.ndim != 2:
+            return f"label {name} must be {dtype} with two axes, got {array.dtype} {list(array.shape)}"
+        if maps is sample.labels and array.shape != limit:
+            return f"label {name} must have network size {list(limit)}, got {list(array.shape)}"
+        if any(side > most for side, most in zip(array.shape, limit, strict=True)):
+            return f"original label {name} has {list(array.shape)} pixels, the canvas holds {list(limit)}"
+    return None
