@@ -6,17 +6,24 @@ fills every None; only resolved configurations are stored.
 
 import dataclasses
 import json
+import os
 import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
 
 from .errors import ConfigError
 
 NoiseForm = Literal["flow", "vp"]
 DecoderName = Literal["deeplabv3plus", "dpt", "linear"]
+
+
+def data_folder() -> Path:
+    """Where stores lie by default: $MMDIFF_DATA, or data/ in the current folder."""
+    return Path(os.environ.get("MMDIFF_DATA") or "data")
+T = TypeVar("T")
 
 
 class Config:
@@ -93,6 +100,12 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return str(value)
     if hint in (int, float, str, bool) and type(value) is not hint:
         raise ConfigError(f"{where} must be {hint.__name__}, got {value!r}")
+    return value
+
+
+def filled(value: T | None) -> T:
+    """A field of a resolved configuration; `resolve` leaves None only where None has a meaning of its own."""
+    assert value is not None
     return value
 
 
@@ -205,8 +218,9 @@ class TrainConfig(Config):
     """Folders; empty means the only store under data/ that has the labels."""
     run: str | None = None
     """Folder of the run; runs/<task>-<dataset>-<backbone>-<n> by default."""
-    source: Literal["hidden_states", "latents"] = "hidden_states"
-    """`latents` gives the heads the clean VAE latent instead of the transformer's features: a baseline."""
+    source: Literal["hidden_states", "latents", "images"] = "hidden_states"
+    """Baselines: `latents` gives the heads the clean VAE latent instead of the transformer's features, `images` trains
+    a small U-Net on the pictures."""
     layers: tuple[str, ...] | None = None
     timesteps: tuple[float, ...] | None = None
     concepts: str | None = None
