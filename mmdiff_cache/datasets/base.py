@@ -2,7 +2,6 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar
 
 from mmdiff_cache.records import LabelSpec, Sample
 
@@ -14,7 +13,9 @@ class Dataset(ABC):
     order in which a file system lists them.
     """
 
-    label_specs: ClassVar[tuple[LabelSpec, ...]] = ()
+    label_specs: tuple[LabelSpec, ...] = ()
+    canvas: tuple[int, int] = (1, 1)
+    """Rows and columns in which every label map fits, as distributed. Without labels it has no meaning."""
 
     @abstractmethod
     def sample_ids(self, split: str) -> Sequence[str]:

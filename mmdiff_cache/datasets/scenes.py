@@ -24,6 +24,7 @@ class RenderedScenes(Dataset):
 
     def __init__(self, size: int) -> None:
         self.size = size
+        self.canvas = (size, size)
 
     def sample_ids(self, split: str) -> Sequence[str]:
         if split not in SIZES:

@@ -1,0 +1,75 @@
+"""How long a run of stage one may take: counted operations over an assumed speed."""
+
+from dataclasses import dataclass
+
+from mmdiff_cache.backbones.info import BackboneInfo
+from mmdiff_cache.config import ExtractConfig, filled
+
+CPU_SPEED = 30e9
+"""Assumed floating-point operations a second and thread."""
+CUDA_SPEED = 200e12
+"""Assumed floating-point operations a second of a data-centre GPU in bfloat16, at most half of its peak."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cost:
+    """An estimate, said to be one; while a run goes on, its measured speed takes over."""
+
+    operations: float
+    """Floating-point operations of all forward passes of the transformer."""
+    speed: float
+    """Assumed operations a second."""
+    device: str
+    """`cpu` or `cuda`."""
+
+    @property
+    def seconds(self) -> float:
+        """Estimated duration."""
+        return self.operations / self.speed
+
+    def __str__(self) -> str:
+        total, speed = _show_operations(self.operations), _show_operations(self.speed)
+        return f"about {show_duration(self.seconds)} ({total} at an assumed {speed}/s)"
+
+
+def estimate(config: ExtractConfig, info: BackboneInfo, *, samples: int) -> Cost:
+    """The cost of a resolved configuration for so many samples.
+
+    A block costs 24 C^2 S + 4 S^2 C operations for S tokens of text and image, double and single blocks
+    alike; the concept stream, the VAE and the text encoders are left out.
+    """
+    rows, columns = info.token_grid(filled(config.resolution))
+    tokens, width = rows * columns + filled(config.text_length), info.channels
+    blocks = 1 + max(info.blocks.index(layer) for layer in filled(config.layers))
+    if config.concepts:
+        blocks = max(blocks, len(info.double_blocks))
+    forward = blocks * (24 * width**2 * tokens + 4 * tokens**2 * width)
+    device, speed = _device(config.device)
+    return Cost(operations=forward * len(filled(config.timesteps)) * samples, speed=speed, device=device)
+
+
+def _device(name: str) -> tuple[str, float]:
+    import torch  # a plan for a named device needs no torch at all
+
+    if name.startswith("cuda") or (name == "auto" and torch.cuda.is_available()):
+        return "cuda", CUDA_SPEED
+    return "cpu", CPU_SPEED * torch.get_num_threads()
+
+
+def show_duration(seconds: float) -> str:
+    """Seconds in the unit a person would use: 40 s, 12 min, 3.5 h, 2.1 days."""
+    if seconds < 90:
+        return f"{max(seconds, 1):.0f} s"
+    if seconds < 90 * 60:
+        return f"{seconds / 60:.0f} min"
+    if seconds < 48 * 3600:
+        return f"{seconds / 3600:.1f} h"
+    return f"{seconds / 86400:.1f} days"
+
+
+def _show_operations(count: float) -> str:
+    for unit in ("GFLOP", "TFLOP", "PFLOP"):
+        if count < 1e12 or unit == "PFLOP":
+            return f"{count / 1e9:,.3g} {unit}"
+        count /= 1000
+    raise AssertionError("the last unit returns")

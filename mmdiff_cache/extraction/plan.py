@@ -1,0 +1,235 @@
+"""What a run of stage one will do and cost, known before any weight is read."""
+
+import math
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from mmdiff_cache.backbones.info import BackboneInfo
+from mmdiff_cache.backbones.registry import BACKBONES, describe
+from mmdiff_cache.config import ExtractConfig, filled
+from mmdiff_cache.datasets.base import Dataset
+from mmdiff_cache.datasets.prompts import ORACLE, PromptRule, open_prompts
+from mmdiff_cache.datasets.registry import DatasetEntry, find_dataset
+from mmdiff_cache.errors import ConfigError, StorageError
+from mmdiff_cache.extraction.cost import Cost, estimate
+from mmdiff_cache.store.schema import (
+    LabelArray,
+    StoreSchema,
+    Vocabulary,
+    estimated_bytes,
+    file_count,
+    raw_bytes,
+)
+
+TOKENS_A_BATCH = 4096
+LARGEST_BATCH = 8
+"""Default batch: as many samples as give 4096 tokens a timestep, at most 8 (4 at 512 px, 1 at 1024 px)."""
+PARTITION = 64
+"""Default samples a partition, rounded up to whole batches."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExtractionPlan:
+    """A resolved configuration with all that follows from it. `str(plan)` is what the command prints."""
+
+    config: ExtractConfig
+    backbone: BackboneInfo
+    dataset: Dataset
+    prompts: PromptRule
+    samples: Mapping[str, tuple[str, ...]]
+    """Ordered sample ids of every split."""
+    schema: StoreSchema
+    raw_bytes: int
+    stored_bytes: int
+    """Estimated bytes on disk, rounded to the safe side."""
+    files: int
+    cost: Cost
+    free_bytes: int
+    """Free space on the disk that will hold the store."""
+
+    @property
+    def store(self) -> Path:
+        """The folder of the store, absolute."""
+        return Path(filled(self.config.store))
+
+    @property
+    def total(self) -> int:
+        """Samples over all splits."""
+        return sum(map(len, self.samples.values()))
+
+    def __str__(self) -> str:
+        return "\n".join(f"{name:<10} {text}" for name, text in _lines(self))
+
+
+def resolve(config: ExtractConfig) -> ExtractConfig:
+    """Fill every None with the default of the data set or the backbone; paths become absolute.
+
+    Raises ConfigError for an unknown data set, split, layer, prompt rule or a resolution that does not fit.
+    """
+    entry = find_dataset(config.dataset)
+    name = config.backbone or entry.backbone
+    info = describe(name)
+    splits = config.splits or tuple(entry.splits)
+    _check_splits(splits, entry)
+    info.check_layers(config.layers or ())
+    resolution = config.resolution or entry.resolution or info.resolution
+    rows, columns = info.token_grid(resolution)
+    batch_size, partition_size = _batching(config, rows * columns)
+    if config.guidance is not None and info.guidance is None:
+        raise ConfigError(f"{info.name} takes no guidance scale; leave out --guidance {config.guidance:g}")
+    return replace(
+        config,
+        data_root=_absolute(config.data_root),
+        splits=splits,
+        backbone=name if name in BACKBONES else info.source,
+        layers=config.layers or info.layers,
+        timesteps=config.timesteps or info.timesteps,
+        concepts=entry.concepts if config.concepts is None else config.concepts,
+        resolution=resolution,
+        guidance=info.guidance if config.guidance is None else config.guidance,
+        text_length=config.text_length or info.text_length,
+        dtype=config.dtype or info.dtype,
+        batch_size=batch_size,
+        partition_size=partition_size,
+        store=_absolute(config.store or str(data_folder() / config.dataset / info.name)),
+    )
+
+
+def plan(config: ExtractConfig) -> ExtractionPlan:
+    """Work out a run: samples, arrays, bytes, files, time, free disk. Reads no weights, writes nothing.
+
+    Raises ConfigError for a choice that cannot be, DataError for a data set that cannot be used.
+    """
+    config = resolve(config)
+    entry, info = find_dataset(config.dataset), describe(filled(config.backbone))
+    dataset = entry.open(config.data_root, filled(config.resolution))
+    prompts = open_prompts(config.prompts, entry.prompt_kinds)
+    samples = {split: tuple(dataset.sample_ids(split)[: config.limit]) for split in filled(config.splits)}
+    for ids in samples.values():
+        prompts.check(ids)
+    schema = _schema(config, info, dataset)
+    counts = [len(ids) for ids in samples.values()]
+    return ExtractionPlan(
+        config=config,
+        backbone=info,
+        dataset=dataset,
+        prompts=prompts,
+        samples=samples,
+        schema=schema,
+        raw_bytes=sum(raw_bytes(schema, count) for count in counts),
+        stored_bytes=sum(estimated_bytes(schema, count, filled(config.dtype)) for count in counts),
+        files=sum(file_count(schema, count) for count in counts),
+        cost=estimate(config, info, samples=sum(counts)),
+        free_bytes=shutil.disk_usage(existing_parent(Path(filled(config.store)))).free,
+    )
+
+
+def check_disk(plan: ExtractionPlan, done: int = 0) -> None:
+    """Raise StorageError when what is left to write does not fit; `done` samples are in the store already."""
+    needed = math.ceil(plan.stored_bytes * (plan.total - done) / plan.total)
+    if needed > plan.free_bytes:
+        raise StorageError(
+            f"the store needs about {show_bytes(needed)} more, but the disk of {plan.store} has "
+            f"{show_bytes(plan.free_bytes)} free; "
+            "choose fewer --layers, --timesteps or samples (--limit), or another disk with --store"
+        )
+
+
+def data_folder() -> Path:
+    """Where stores go by default: $MMDIFF_DATA, or data/ in the current folder."""
+    return Path(os.environ.get("MMDIFF_DATA") or "data")
+
+
+def existing_parent(path: Path) -> Path:
+    """The nearest folder above a path, or the path itself, that exists.
+
+    Raises StorageError when it is a file.
+    """
+    while not path.exists():
+        path = path.parent
+    if not path.is_dir():
+        raise StorageError(f"{path} is a file, a store must lie in a folder; choose another --store")
+    return path
+
+
+def show_bytes(count: float) -> str:
+    """Bytes in decimal units: 1.2 GB."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if count < 1000 or unit == "TB":
+            break
+        count /= 1000
+    return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.1f} {unit}"
+
+
+def _absolute(path: str | None) -> str | None:
+    return None if path is None else os.path.abspath(os.path.expanduser(path))
+
+
+def _check_splits(splits: Iterable[str], entry: DatasetEntry) -> None:
+    for split in splits:
+        if split not in entry.splits:
+            raise ConfigError(f"split {split!r} is not one of {entry.name}: {', '.join(entry.splits)}")
+
+
+def _batching(config: ExtractConfig, tokens: int) -> tuple[int, int]:
+    """Batch and partition size; a default gives way to the one that was chosen."""
+    batch = config.batch_size or max(1, min(LARGEST_BATCH, TOKENS_A_BATCH // tokens))
+    partition = config.partition_size or math.ceil(PARTITION / batch) * batch
+    if config.batch_size is None:
+        batch = next(size for size in range(batch, 0, -1) if partition % size == 0)
+    return batch, partition
+
+
+def _schema(config: ExtractConfig, info: BackboneInfo, dataset: Dataset) -> StoreSchema:
+    resolution = filled(config.resolution)
+    return StoreSchema(
+        layers=filled(config.layers),
+        timesteps=filled(config.timesteps),
+        grid=info.token_grid(resolution),
+        channels=info.channels,
+        latent_channels=info.packed_channels,
+        image_size=(resolution, resolution),
+        vocabularies=tuple(
+            Vocabulary(name=name, concepts=words, blocks=info.double_blocks, map_blocks=info.concept_blocks)
+            for name, words in filled(config.concepts).items()
+        ),
+        labels=tuple(LabelArray(spec=spec, canvas=dataset.canvas) for spec in dataset.label_specs),
+        partition_size=filled(config.partition_size),
+        codec=config.codec,
+    )
+
+
+def _lines(plan: ExtractionPlan) -> Iterable[tuple[str, str]]:
+    config, schema = plan.config, plan.schema
+    first = f" (the first {config.limit} of each split at most)" if config.limit else ""
+    yield "data set", f"{config.dataset}: {_counts(plan.samples)}{first}"
+    yield (
+        "prompts",
+        f"{config.prompts}{' (names the objects: scores are an upper bound)' * (config.prompts == ORACLE)}",
+    )
+    yield "backbone", f"{plan.backbone.name}, {config.dtype} on {plan.cost.device}"
+    rows, columns = schema.grid
+    yield "input", f"{config.resolution} px square = {rows} x {columns} tokens of {schema.channels} channels"
+    yield "layers", " ".join(schema.layers)
+    yield "timesteps", " ".join(f"{t:g}" for t in schema.timesteps)
+    yield "concepts", ", ".join(f"{v.name} ({' '.join(v.concepts)})" for v in schema.vocabularies) or "none"
+    yield "labels", ", ".join(label.spec.name for label in schema.labels) or "none"
+    yield "batches", f"{config.batch_size} samples a forward pass, {config.partition_size} a partition"
+    yield "store", str(plan.store)
+    ratio = plan.raw_bytes / plan.stored_bytes
+    yield (
+        "size",
+        (
+            f"{show_bytes(plan.raw_bytes)} raw, about {show_bytes(plan.stored_bytes)} on disk "
+            f"({ratio:.2f} : 1 assumed) in {plan.files:,} files"
+        ),
+    )
+    yield "time", str(plan.cost)
+    yield "free disk", show_bytes(plan.free_bytes)
+
+
+def _counts(samples: Mapping[str, tuple[str, ...]]) -> str:
+    return ", ".join(f"{split} {len(ids):,}" for split, ids in samples.items())

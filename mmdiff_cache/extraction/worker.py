@@ -1,0 +1,94 @@
+"""One partition from its pictures to its record: the unit of work, of completion and of redo."""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from mmdiff_cache.config import filled
+from mmdiff_cache.datasets.transforms import prepare
+from mmdiff_cache.errors import DataError
+from mmdiff_cache.extraction.extractor import Extractor, failures
+from mmdiff_cache.extraction.plan import ExtractionPlan
+from mmdiff_cache.records import FeatureBatch, PreparedSample
+from mmdiff_cache.store.partition import PartitionWriter
+from mmdiff_cache.store.records import Record
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Unusable:
+    """A sample that could not be read, and why."""
+
+    sample_id: str
+    reason: str
+
+
+Loaded = PreparedSample | Unusable
+
+
+def run_partition(
+    plan: ExtractionPlan, extractor: Extractor, writer: PartitionWriter, advance: Callable[[int], None]
+) -> Record:
+    """Extract every sample of the writer's partition and commit it.
+
+    Batches are cut from the plan and each fills the whole batch size, so a sample's features do not depend on
+    what else is left to do. The next batch is read while the model computes. `advance` is told the samples of
+    each batch once they are staged. A sample that cannot be read, or whose features are not finite, is
+    recorded as failed.
+    """
+    partition, size = writer.partition, filled(plan.config.batch_size)
+    starts = range(partition.start, partition.stop, size)
+
+    def load(start: int) -> list[Loaded]:
+        return load_batch(plan, partition.split, range(start, min(start + size, partition.stop)))
+
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead") as reader:
+        ahead = reader.submit(load, starts[0])
+        for start in starts:
+            batch = ahead.result()
+            if start + size < partition.stop:
+                ahead = reader.submit(load, start + size)
+            _extract_batch(plan, extractor, writer, start - partition.start, batch)
+            advance(len(batch))
+    return writer.commit()
+
+
+def load_batch(plan: ExtractionPlan, split: str, indices: Sequence[int]) -> list[Loaded]:
+    """Read and prepare samples; one that cannot be used is said to be so in its place."""
+    return [_load(plan, split, index) for index in indices]
+
+
+def _load(plan: ExtractionPlan, split: str, index: int) -> Loaded:
+    try:
+        sample = plan.dataset.load(split, index)
+        return prepare(sample, filled(plan.config.resolution), plan.prompts.prompt(sample))
+    except DataError as error:
+        return Unusable(sample_id=plan.samples[split][index], reason=str(error))
+
+
+def _extract_batch(
+    plan: ExtractionPlan, extractor: Extractor, writer: PartitionWriter, offset: int, batch: Sequence[Loaded]
+) -> None:
+    usable = [sample for sample in batch if isinstance(sample, PreparedSample)]
+    reasons = {position: bad.reason for position, bad in enumerate(batch) if isinstance(bad, Unusable)}
+    if usable:
+        passing = [sample if isinstance(sample, PreparedSample) else usable[0] for sample in batch]
+        features = extractor([*passing, *[usable[0]] * (filled(plan.config.batch_size) - len(batch))])
+        reasons = failures(features, extractor.layers, extractor.timesteps) | reasons
+        for position, sample in enumerate(passing):
+            if position not in reasons:
+                writer.write(offset + position, [sample], _row(features, position))
+    for position, reason in reasons.items():
+        if position < len(batch):
+            writer.fail(offset + position, batch[position].sample_id, reason)
+
+
+def _row(features: FeatureBatch, position: int) -> FeatureBatch:
+    """The features of one sample, as a batch of one."""
+    row = slice(position, position + 1)
+    return FeatureBatch(
+        hidden_states=features.hidden_states[row],
+        concept_scores={name: scores[row] for name, scores in features.concept_scores.items()},
+        concept_maps={name: maps[row] for name, maps in features.concept_maps.items()},
+        latents=features.latents[row],
+        audit=features.audit[row],
+    )
