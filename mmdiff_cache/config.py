@@ -18,12 +18,12 @@ from .errors import ConfigError
 
 NoiseForm = Literal["flow", "vp"]
 DecoderName = Literal["deeplabv3plus", "dpt", "linear"]
+T = TypeVar("T")
 
 
 def data_folder() -> Path:
     """Where stores lie by default: $MMDIFF_DATA, or data/ in the current folder."""
     return Path(os.environ.get("MMDIFF_DATA") or "data")
-T = TypeVar("T")
 
 
 class Config:
