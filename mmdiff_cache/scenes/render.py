@@ -1,7 +1,7 @@
 """The ray-caster: which surface each sample point sees, how deep, and in what colour.
 
-Only additions, multiplications, divisions and square roots touch the pixels, so that a scene has the same
-bytes on every machine.
+Only sums, products, quotients and square roots touch the pixels: they round alike on every machine. Sines and
+powers are taken of a few double-precision scalars alone.
 """
 
 import math
