@@ -132,7 +132,7 @@ def raising(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
     ("error", "code"),
     [
         (ConfigError("a"), 2),
-        (StoreError("two\nlines"), 2),
+        (StoreError("b"), 2),
         (DamageError("c"), 1),
         (StorageError("d"), 4),
         (OSError(errno.ENOSPC, "No space left on device", "/x"), 4),
@@ -145,6 +145,15 @@ def test_each_kind_of_error_has_its_exit_code_and_one_line(
     raising(error, monkeypatch)
     assert run(["inspect"]) == code
     assert capfd.readouterr().err.count("\n") == 1
+
+
+def test_lines_to_type_follow_the_error_unbroken(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = f"  mmdiff-cache train --store {'x' * 300}"
+    raising(ConfigError(f"choose one:\n{line}"), monkeypatch)
+    assert run(["train"]) == 2
+    assert capfd.readouterr().err == f"error: choose one:\n{line}\n"
 
 
 def test_our_own_mistakes_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,8 +29,11 @@ def say(text: str) -> None:
 
 
 def fail(message: str) -> None:
-    """One red line on standard error."""
-    err.print(f"[bold red]error:[/] [red]{escape(' '.join(message.split()))}[/]", soft_wrap=True)
+    """One red line on standard error; further lines of the message are lines to type, printed as they are."""
+    first, _, lines = message.partition("\n")
+    err.print(f"[bold red]error:[/] [red]{escape(first)}[/]", soft_wrap=True)
+    if lines:
+        err.print(lines, markup=False, soft_wrap=True)
 
 
 def next_command(*words: str) -> None:
