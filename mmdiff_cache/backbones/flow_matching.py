@@ -1,0 +1,46 @@
+"""Noising a clean latent to the time at which the transformer is asked.
+
+FLUX is trained on straight paths from data to noise, so its input at time t holds (1 - t) of the picture and
+t of the noise, and the transformer is told t (it multiplies by 1000 itself). The time shift of a sampler only
+chooses which times a run visits; it does not enter here.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mmdiff_cache.config import NoiseConfig, NoiseForm
+from mmdiff_cache.records import draw_noise
+
+
+def draw_batch(
+    noise: NoiseConfig, sample_ids: Sequence[str], timesteps: int, shape: tuple[int, int, int]
+) -> Float[Tensor, "B T c H_f W_f"]:
+    """Float32 noise on the CPU for a batch; the timestep axis has size 1 where all timesteps share one draw.
+
+    A sample's noise depends on the seed and its id alone, never on the batch it is in.
+    """
+    draws = 1 if noise.shared else timesteps
+    drawn = [[draw_noise(noise.seed, sample, draw, shape) for draw in range(draws)] for sample in sample_ids]
+    return torch.from_numpy(np.array(drawn))
+
+
+def add_noise(
+    clean: Float[Tensor, "B c H_f W_f"],
+    noise: Float[Tensor, "B #T c H_f W_f"],
+    timesteps: Float[Tensor, " T"],
+    form: NoiseForm,
+) -> Float[Tensor, "B T c H_f W_f"]:
+    """The latent at each t in [0, 1], 1 = pure noise; all in float32.
+
+    `flow`: (1 - t) x_0 + t eps, what the model was trained on. `vp`: sqrt(1 - t) x_0 + sqrt(t) eps, the
+    paper's Eq. 1 read literally with alpha_t = 1 - t; the model is told the same t, though it never saw such
+    inputs.
+    """
+    t = timesteps.to(torch.float32)[None, :, None, None, None]
+    if form == "vp":
+        return (1 - t).sqrt() * clean[:, None] + t.sqrt() * noise
+    return (1 - t) * clean[:, None] + t * noise

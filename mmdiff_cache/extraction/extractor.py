@@ -1,0 +1,157 @@
+"""From pictures to features: noise them, run the backbone once, read the blocks, take stock of the values."""
+
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+
+import numpy as np
+import torch
+from einops import rearrange, repeat
+from jaxtyping import Float, Float16, Float32
+from torch import Tensor
+
+from mmdiff_cache.backbones.base import Backbone
+from mmdiff_cache.backbones.flow_matching import add_noise, draw_batch
+from mmdiff_cache.config import NoiseConfig
+from mmdiff_cache.errors import ConfigError
+from mmdiff_cache.extraction import concept_attention
+from mmdiff_cache.extraction.taps import capturing
+from mmdiff_cache.records import STATISTICS, FeatureBatch, PreparedSample
+
+FLOAT16_MAX = 65504.0
+ENTROPY_BINS = 64
+BLOCK_SCORES = "block (B T) K (h w) -> B T block K h w"
+
+
+class Extractor:
+    """Captures the outputs of `layers` at `timesteps`, and the concept scores of `vocabularies`.
+
+    All timesteps of a batch go through the transformer together. Features are bit-identical for the same
+    batch; across batch sizes they agree to rounding.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        *,
+        layers: Sequence[str],
+        timesteps: Sequence[float],
+        vocabularies: Mapping[str, Sequence[str]],
+        noise: NoiseConfig,
+        guidance: float | None,
+    ) -> None:
+        backbone.info.check_layers(layers)
+        for layer in layers:
+            if layer not in backbone.blocks:
+                raise ConfigError(f"layer {layer} was left out when {backbone.info.name} was loaded")
+        self.backbone = backbone
+        self.layers = tuple(layers)
+        self.timesteps = tuple(timesteps)
+        self.vocabularies = {name: tuple(words) for name, words in vocabularies.items()}
+        self._noise = noise
+        self._guidance = guidance
+        self._concepts = {name: backbone.embed_concepts(words) for name, words in self.vocabularies.items()}
+
+    @torch.inference_mode()
+    def __call__(self, samples: Sequence[PreparedSample]) -> FeatureBatch:
+        """Features of samples of one size. Values that are not finite do not raise: see `failures`."""
+        clean = self.backbone.encode_image(torch.from_numpy(np.stack([sample.image for sample in samples])))
+        latents = self.backbone.pack(clean)
+        hidden_states, scores = self._run(samples, clean, latents.shape[1:3])
+        stored, audit = store_as_float16(hidden_states)
+        mapped = [_block_index(block) for block in self.backbone.info.concept_blocks]
+        return FeatureBatch(
+            hidden_states=stored[:, None].cpu().numpy(),
+            concept_scores={name: value[:, None].cpu().numpy() for name, value in scores.items()},
+            concept_maps={
+                name: concept_attention.concept_maps(value[:, :, mapped])[:, None].cpu().numpy()
+                for name, value in scores.items()
+            },
+            latents=latents.cpu().numpy(),
+            audit=audit[:, None].cpu().numpy(),
+        )
+
+    def _run(
+        self, samples: Sequence[PreparedSample], clean: Float[Tensor, "B c H_f W_f"], grid: Sequence[int]
+    ) -> tuple[Float[Tensor, "B T L h w C"], dict[str, Float32[Tensor, "B T block K h w"]]]:
+        backbone, batch, height = self.backbone, len(samples), grid[0]
+        times = torch.tensor(self.timesteps, device=clean.device)
+        noise = draw_batch(self._noise, [s.sample_id for s in samples], len(times), tuple(clean.shape[1:]))
+        noised = add_noise(clean, noise.to(clean.device), times, self._noise.form).flatten(0, 1)
+        prompts = backbone.encode_prompts([sample.prompt for sample in samples]).repeat_each(len(times))
+        t = repeat(times, "T -> (B T)", B=batch)
+        lengths = {"text_tokens": prompts.tokens.shape[1], "image_tokens": math.prod(grid)}
+        with ExitStack() as stack:
+            streams: dict[str, concept_attention.ConceptStream] = {}
+            if self._concepts:
+                modulation = backbone.concept_modulation(t, self._guidance)
+                reading = concept_attention.reading(backbone.blocks, self._concepts, modulation)
+                streams = stack.enter_context(reading)
+            captured = stack.enter_context(capturing(backbone.blocks, self.layers, **lengths))
+            backbone.forward(noised, t, prompts, self._guidance)
+        outputs = [captured[layer] for layer in self.layers]
+        hidden_states = rearrange(outputs, "L (B T) (h w) C -> B T L h w C", B=batch, h=height)
+        scores = {
+            name: rearrange(list(stream.scores.values()), BLOCK_SCORES, B=batch, h=height)
+            for name, stream in streams.items()
+        }
+        return hidden_states, scores
+
+
+def store_as_float16(
+    hidden_states: Float[Tensor, "B T L h w C"],
+) -> tuple[Float16[Tensor, "B T L h w C"], Float32[Tensor, "B T L statistic"]]:
+    """Values as they are stored, and the STATISTICS of each map before the cast.
+
+    The clamp is done in float32: in bfloat16 the bound 65504 itself would round up to 65536, which float16
+    takes for infinite.
+    """
+    values = hidden_states.to(torch.float32)
+    stored = values.clamp(-FLOAT16_MAX, FLOAT16_MAX).to(torch.float16)
+    size, axes = values.abs(), (-3, -2, -1)
+    finite = values.isfinite()
+    statistics = {
+        "mean": values.mean(dim=axes),
+        "rms": values.square().mean(dim=axes).sqrt(),
+        "max_abs": size.amax(dim=axes),
+        "entropy": norm_entropy(values),
+        "clipped": ((size > FLOAT16_MAX) & finite).sum(dim=axes),
+        "flushed": ((stored == 0) & (values != 0)).sum(dim=axes),
+        "non_finite": (~finite).sum(dim=axes),
+    }
+    return stored, torch.stack([statistics[name].to(torch.float32) for name in STATISTICS], dim=-1)
+
+
+def norm_entropy(values: Float32[Tensor, "*maps h w C"]) -> Float32[Tensor, "*maps"]:
+    """Entropy in nats of the histogram of a map's token norms, in 64 equal bins from 0 to their maximum.
+
+    The last bin holds its upper edge. Zero for a map of zeros, NaN if a norm is not finite. Paper: Fig. 3b.
+    """
+    norms = values.flatten(-3, -2).norm(dim=-1)
+    largest = norms.amax(dim=-1, keepdim=True)
+    usable = largest.isfinite() & (largest > 0)
+    place = torch.where(usable, norms / largest, 0.0) * ENTROPY_BINS
+    bins = place.nan_to_num().to(torch.int64).clamp(max=ENTROPY_BINS - 1)
+    counts = torch.zeros(*bins.shape[:-1], ENTROPY_BINS, device=values.device)
+    shares = counts.scatter_add_(-1, bins, torch.ones_like(norms)) / norms.shape[-1]
+    entropy = torch.special.entr(shares).sum(dim=-1)
+    return torch.where(largest[..., 0].isfinite(), entropy, torch.nan)
+
+
+def failures(features: FeatureBatch, layers: Sequence[str], timesteps: Sequence[float]) -> dict[int, str]:
+    """Positions in the batch of samples with values that are not finite, each with the reason to record."""
+    counts = features.audit[..., STATISTICS.index("non_finite")]
+    found: dict[int, str] = {}
+    for position, variant, timestep, layer in np.argwhere(counts > 0):
+        number = int(counts[position, variant, timestep, layer])
+        found.setdefault(
+            int(position), f"{number} values of {layers[layer]} at t={timesteps[timestep]:g} are not finite"
+        )
+    for name, scores in features.concept_scores.items():
+        for position in np.flatnonzero(~np.isfinite(scores).all(axis=tuple(range(1, scores.ndim)))):
+            found.setdefault(int(position), f"concept scores of vocabulary {name!r} are not finite")
+    return found
+
+
+def _block_index(address: str) -> int:
+    return int(address.rpartition(".")[2])
