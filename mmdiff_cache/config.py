@@ -244,6 +244,8 @@ class TrainConfig(Config):
     seed: int = 0
     device: str = "auto"
     precision: Literal["float32", "bfloat16"] = "float32"
+    memory: int = 2 * 1024**3
+    """Bytes of decoded samples that are kept, so that a small store is read only once; 0 keeps none."""
 
     def __post_init__(self) -> None:
         for t in self.timesteps or ():

@@ -8,7 +8,8 @@
     |   |-- DamageError                1  bytes that do not match their record
     |   `-- StoreIncomplete            2  samples that were never finished
     |-- StorageError(OSError)          4  disk full, no permission, input/output error
-    `-- CheckpointError(RuntimeError)  2  a checkpoint that does not fit the store, the task or the code
+    |-- CheckpointError(RuntimeError)  2  a checkpoint that does not fit the store, the task or the code
+    `-- TrainingError(RuntimeError)    1  a training whose loss is no longer a number
 
 A message names the requirement, the value and the remedy:
 `layer single.41 is not a block of flux-dev (single.0..single.37); see 'mmdiff-cache inspect STORE'`.
@@ -56,3 +57,9 @@ class StorageError(MMDiffError, OSError):
 
 class CheckpointError(MMDiffError, RuntimeError):
     """A checkpoint does not fit the store, the task or this code."""
+
+
+class TrainingError(MMDiffError, RuntimeError):
+    """A training diverged: its loss is no longer a finite number."""
+
+    exit_code = 1
