@@ -54,7 +54,11 @@ for command in (
 
 def main() -> None:
     """The console script."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    handler = logging.StreamHandler()
+    handler.setLevel(logging.WARNING)  # on the handler, so that a run's own log file may hold more
+    logging.basicConfig(handlers=[handler], format="%(levelname)s: %(message)s")
+    for variable in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
+        os.environ.setdefault(variable, "error")  # their advice on image processors that are never used
     sys.exit(run(sys.argv[1:]))
 
 
