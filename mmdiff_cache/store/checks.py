@@ -1,4 +1,8 @@
-"""What may enter a partition. A batch that does not fit is a fault of the program; a sample that does not is one of the data."""
+"""What may enter a partition.
+
+A batch that does not fit is a fault of the program and raises; a sample that does not is one of the data: it
+fails.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,7 +13,8 @@ from numpy.typing import NDArray
 from mmdiff_cache.errors import StoreError
 from mmdiff_cache.records import FeatureBatch, PreparedSample
 
-from .schema import ArraySpec, LabelArray, StoreSchema
+from .arrays import ArraySpec
+from .schema import LabelArray, StoreSchema
 
 
 def feature_arrays(features: FeatureBatch) -> dict[str, NDArray[Any]]:
@@ -37,7 +42,8 @@ def check_batch(specs: Mapping[str, ArraySpec], features: FeatureBatch, samples:
         expected = (samples, *wanted[path].shape[1:])
         if array.shape != expected or array.dtype != np.dtype(wanted[path].dtype):
             raise StoreError(
-                f"{path} of a batch must be {wanted[path].dtype} {list(expected)}, got {array.dtype} {list(array.shape)}"
+                f"{path} of a batch must be {wanted[path].dtype} {list(expected)}, "
+                f"got {array.dtype} {list(array.shape)}"
             )
 
 
@@ -47,7 +53,8 @@ def sample_fault(schema: StoreSchema, sample: PreparedSample, row: Mapping[str, 
         if path != "audit" and not np.isfinite(values).all():
             return _non_finite(schema, path, values)
     if sample.image.dtype != np.uint8 or sample.image.shape != (*schema.image_size, 3):
-        return f"image must be uint8 {[*schema.image_size, 3]}, got {sample.image.dtype} {list(sample.image.shape)}"
+        expected = [*schema.image_size, 3]
+        return f"image must be uint8 {expected}, got {sample.image.dtype} {list(sample.image.shape)}"
     faults = (_label_fault(schema, label, sample) for label in schema.labels)
     return next((fault for fault in faults if fault is not None), None)
 

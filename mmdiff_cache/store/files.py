@@ -1,7 +1,7 @@
 """Files that survive a crash: write aside, make durable, rename, make the folder durable.
 
-After a rename the name shows either all the old bytes or all the new ones. `os.fsync` before it keeps that true when
-the power fails; the folder's own fsync makes the rename itself last.
+After a rename the name shows either all the old bytes or all the new ones. `os.fsync` before it keeps that
+true when the power fails; the folder's own fsync makes the rename itself last.
 """
 
 import errno
@@ -11,7 +11,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -37,7 +37,7 @@ _REMEDIES = {
 
 
 @contextmanager
-def storage_errors(path: Path) -> Iterator[None]:
+def storage_errors(path: Path) -> Generator[None]:
     """Turn the operating system's refusal into a StorageError that names the file and the remedy."""
     try:
         yield
@@ -69,15 +69,17 @@ def fsync_folders(folders: Iterable[Path]) -> None:
             os.close(descriptor)
 
 
-def write_durably(root: Path, path: Path, data: bytes) -> None:
-    """Write a whole file under `root` through its staging folder: other processes see all of it or none."""
-    aside = root / STAGING / f"file-{os.getpid()}-{secrets.token_hex(4)}"
-    with open(aside, "xb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
-    fsync_folders([path.parent])
+def write_durably(root: Path, files: Mapping[str, bytes]) -> None:
+    """Write whole files, by path below `root`, through its staging folder: nobody ever sees a part of one."""
+    for name, data in files.items():
+        make_folders((root / name).parent)
+        aside = root / STAGING / f"file-{os.getpid()}-{secrets.token_hex(4)}"
+        with open(aside, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, root / name)
+    fsync_folders((root / name).parent for name in files)
 
 
 def make_folders(folder: Path) -> None:
@@ -99,7 +101,7 @@ def staging_folder(root: Path, name: str) -> Path:
 
 
 def clear_staging(root: Path) -> None:
-    """Remove what dead runs left in staging/. Only for the holder of the lock: nobody else writes there then."""
+    """Remove what dead runs left in staging/. For the holder of the lock alone: nobody else writes then."""
     for entry in sorted((root / STAGING).iterdir()):
         if not _OUR_NAME.fullmatch(entry.name):
             logger.warning("%s was not made by mmdiff-cache and is left alone", entry)

@@ -13,8 +13,8 @@ from mmdiff_cache.errors import StoreError
 class StoreLock:
     """The lock of a store, held from construction to `release`.
 
-    The file's content only says who holds it; the lock itself is the kernel's (flock), so no stale lock can remain.
-    Raises StoreError when another process, or another writer in this one, holds it.
+    The file's content only says who holds it; the lock itself is the kernel's (flock), so no stale lock can
+    remain. Raises StoreError when another process, or another writer in this one, holds it.
     """
 
     def __init__(self, root: Path) -> None:

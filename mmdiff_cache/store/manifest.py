@@ -1,8 +1,9 @@
 """The manifest: what a store holds, under which identity, of which samples, made by what.
 
-Four parts, compared differently. Identity must be equal. Contents and data asked for must be contained in what is
-stored. Provenance that differs is worth a warning only. Besides, it keeps the resolved configuration and the SHA-256
-of every file that was written with it, which makes the metadata of all arrays part of what can be checked.
+Four parts, compared differently. Identity must be equal. Contents and data asked for must be contained in
+what is stored. Provenance that differs is worth a warning only. Besides, it keeps the resolved configuration
+and the SHA-256 of every file that was written with it, which makes the metadata of all arrays part of what
+can be checked.
 """
 
 import dataclasses
@@ -25,11 +26,12 @@ Part = Literal["identity", "contents", "layout", "data", "provenance"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Manifest:
-    """Everything a store says about itself. It holds no time, process or host: equal plans give equal bytes."""
+    """Everything a store says about itself, without time, process or host: equal plans give equal bytes."""
 
     identity: Mapping[str, Any]
     """What decides the stored values, as JSON: backbone weights hash, dtype, resolution and fit, `noise`
-    ({form, seed, shared}, as NoiseConfig.to_json gives it), prompt rule, guidance, text length. Must be equal."""
+    ({form, seed, shared}, as NoiseConfig.to_json gives it), prompt rule, guidance, text length. Must be
+    equal."""
     schema: StoreSchema
     splits: Mapping[str, tuple[str, ...]]
     """Ordered sample ids of every split."""
@@ -73,10 +75,10 @@ class Manifest:
 
 def encode_manifest(manifest: Manifest) -> bytes:
     """The bytes of manifest.json."""
-    data = {
-        split: {"samples": len(ids), "sha256_of_ids": hash_of_ids(ids), "ids": list(ids)}
+    data = [
+        {"split": split, "samples": len(ids), "sha256_of_ids": hash_of_ids(ids), "ids": list(ids)}
         for split, ids in manifest.splits.items()
-    }
+    ]
     return seal(
         {
             "identity": manifest.identity,
@@ -110,7 +112,7 @@ def read_manifest(root: Path) -> Manifest:
         return Manifest(
             identity=body["identity"],
             schema=StoreSchema.from_json(body["contents"]),
-            splits={split: tuple(entry["ids"]) for split, entry in body["data"].items()},
+            splits={entry["split"]: tuple(entry["ids"]) for entry in body["data"]},
             provenance=body["provenance"],
             config=body["config"],
             metadata=body["metadata"],
@@ -154,7 +156,7 @@ def _short(value: Any, limit: int = 120) -> str:
 
 
 def compare(stored: Manifest, asked: Manifest) -> list[Difference]:
-    """What of `asked` does not fit into `stored`, most serious first; empty when everything asked for is there.
+    """What of `asked` does not fit into `stored`, most serious first; empty when all of it is there.
 
     Layout (partition size, codec) matters only while something is left to be written.
     """
@@ -167,17 +169,18 @@ def compare(stored: Manifest, asked: Manifest) -> list[Difference]:
     ]
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested JSON as pairs of dotted name and plain value."""
     for key in values:
         value = values[key]
         if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{prefix}{key}.")
+            yield from flatten(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", list(value) if isinstance(value, tuple) else value
 
 
 def _unequal(part: Part, stored: Mapping[str, Any], asked: Mapping[str, Any]) -> Iterator[Difference]:
-    have, want = dict(_flat(stored)), dict(_flat(asked))
+    have, want = dict(flatten(stored)), dict(flatten(asked))
     for name in sorted(have.keys() | want.keys()):
         if name not in have or name not in want or have[name] != want[name]:
             yield Difference(part=part, field=name, stored=have.get(name), asked=want.get(name))
@@ -204,7 +207,7 @@ def _contents(stored: StoreSchema, asked: StoreSchema) -> Iterator[Difference]:
         fits = (
             have is not None
             and have.spec == label.spec
-            and all(a <= b for a, b in zip(label.canvas, have.canvas))
+            and all(a <= b for a, b in zip(label.canvas, have.canvas, strict=True))
         )
         if not fits:
             yield Difference(part="contents", field=f"labels.{label.spec.name}", stored=have, asked=label)
@@ -233,7 +236,7 @@ def _data(
         if have is None:
             yield Difference(part="data", field="splits", stored=sorted(stored), asked=sorted(asked))
         elif have[: len(want)] != want:
-            first = next((n for n, (a, b) in enumerate(zip(have, want)) if a != b), len(have))
+            first = next((n for n, (a, b) in enumerate(zip(have, want, strict=False)) if a != b), len(have))
             if first == len(have):
                 yield Difference(part="data", field=f"samples of {split}", stored=len(have), asked=len(want))
             else:

@@ -1,6 +1,8 @@
-"""The files that describe a split: every zarr.json, and the coordinates. A pure function of schema and sample count.
+"""The files that describe a split: every zarr.json, and the coordinates. A pure function of schema and sample
+count.
 
-They are made in memory and written once, with the manifest, which keeps their hashes; nothing rewrites them later.
+They are made in memory and written once, with the manifest, which keeps their hashes; nothing rewrites them
+later.
 """
 
 import hashlib
@@ -12,15 +14,17 @@ import numpy as np
 import zarr
 from zarr.abc.codec import BytesBytesCodec
 from zarr.codecs import BloscCodec, Crc32cCodec
+from zarr.core.buffer import Buffer
 from zarr.storage import MemoryStore
 
 from mmdiff_cache.errors import DamageError
 
+from .arrays import ArraySpec, arrays
 from .manifest import Manifest
-from .schema import FORMAT_VERSION, ArraySpec, Codec, arrays
+from .schema import FORMAT_VERSION, Codec
 
 BLOSC_BLOCK = 262144
-"""Bytes. zstd makes one Huffman table per 128 KiB, so blocks of 256 KiB give both byte planes a table of their own."""
+"""Bytes. zstd makes one Huffman table per 128 KiB: in blocks of 256 KiB both byte planes get their own."""
 
 NOISE_FORMULAS = {
     "flow": "x_t = (1 - t) x_0 + t eps",
@@ -30,12 +34,13 @@ NOISE_FORMULAS = {
 
 def split_files(manifest: Manifest, split: str) -> dict[str, bytes]:
     """Content of every metadata and coordinate file of a split, by path from the store's folder."""
-    memory = MemoryStore()
+    content: dict[str, Buffer] = {}
+    memory = MemoryStore(store_dict=content)
     zarr.create_group(memory, attributes=_group_attributes(manifest, split))
     for spec in arrays(manifest.schema, len(manifest.splits[split])):
         _create_parents(memory, spec)
         _create_array(memory, spec, manifest.schema.codec)
-    return {f"{split}.zarr/{key}": value.to_bytes() for key, value in sorted(memory._store_dict.items())}  # pyright: ignore[reportPrivateUsage]
+    return {f"{split}.zarr/{key}": value.to_bytes() for key, value in sorted(content.items())}
 
 
 def _group_attributes(manifest: Manifest, split: str) -> dict[str, Any]:
@@ -77,7 +82,7 @@ def _create_array(memory: MemoryStore, spec: ArraySpec, codec: Codec) -> None:
 
 def _compressors(spec: ArraySpec, codec: Codec) -> list[BytesBytesCodec]:
     """Blosc and a checksum for data; text and coordinates are too small to compress."""
-    if spec.dtype == "string" or spec.split == "whole":
+    if spec.dtype == "string" or spec.reach == "array":
         return [Crc32cCodec()]
     size = spec.itemsize
     if codec == "lz4":
@@ -87,14 +92,25 @@ def _compressors(spec: ArraySpec, codec: Codec) -> list[BytesBytesCodec]:
     return [blosc, Crc32cCodec()]
 
 
+def codec_words(array: "zarr.Array[Any]") -> str:
+    """How the values of an array are encoded, in words."""
+    words: list[str] = []
+    for codec in array.compressors:
+        if isinstance(codec, BloscCodec):
+            words.append(f"blosc {codec.cname.value} {codec.clevel} {codec.shuffle.value}")
+        else:
+            words.append("crc32c" if isinstance(codec, Crc32cCodec) else str(codec))
+    return ", ".join(words)
+
+
 def chunk_key(spec: ArraySpec, *position: int) -> str:
-    """File of a shard, from the store's split group: `position` counts shards along the leading axes, 0 elsewhere."""
+    """File of a shard, below its split's group; `position` counts shards along the leading axes."""
     numbers = [*position, *[0] * (len(spec.shape) - len(position))]
     return f"{spec.path}/c.{'.'.join(map(str, numbers))}"
 
 
 def check_metadata(root: Path, manifest: Manifest) -> None:
-    """Raise DamageError unless every metadata and coordinate file is the one that the manifest was written with."""
+    """Raise DamageError unless metadata and coordinate files are those the manifest was written with."""
     for split, ids in manifest.splits.items():
         for spec in arrays(manifest.schema, len(ids)):
             name = f"{split}.zarr/{spec.path}/zarr.json"

@@ -1,7 +1,7 @@
 """Writes one partition: hidden states sample by sample, small arrays at the end, the record last.
 
-Everything is staged and made durable first. Only `commit` touches the store, in an order that lets a kill at any
-moment leave either no record or a true one.
+Everything is staged and made durable first. Only `commit` touches the store, in an order that lets a kill at
+any moment leave either no record or a true one.
 """
 
 import os
@@ -18,19 +18,19 @@ from numpy.typing import NDArray
 from mmdiff_cache.errors import StoreError
 from mmdiff_cache.records import FeatureBatch, PreparedSample, noise_key
 
+from .arrays import ArraySpec, arrays
 from .checks import check_batch, feature_arrays, sample_fault
 from .files import fsync_file, fsync_folders, sha256_file, staging_folder, storage_errors, write_durably
 from .manifest import Manifest
 from .metadata import chunk_key
 from .records import FileEntry, Partition, Record, SampleEntry, encode_record, record_path
-from .schema import ArraySpec, arrays
 
 
 class PartitionWriter:
     """One partition in the making. Every slot must be written or failed before `commit`.
 
-    Used as a context manager it removes what it staged when it is left without a commit. It holds no lock: the
-    `StoreWriter` that began it does, so it can also work in another process for that writer.
+    Used as a context manager it removes what it staged when it is left without a commit. It holds no lock:
+    the `StoreWriter` that began it does, so it can also work in another process for that writer.
     Memory: the partition's small arrays and one sample's hidden states.
     """
 
@@ -38,9 +38,9 @@ class PartitionWriter:
         self.root, self.manifest, self.partition = root, manifest, partition
         self.ids = manifest.splits[partition.split][partition.start : partition.stop]
         specs = arrays(manifest.schema, len(manifest.splits[partition.split]))
-        self._specs = {spec.path: spec for spec in specs if spec.split != "whole"}
+        self._specs = {spec.path: spec for spec in specs if spec.reach != "array"}
         self._buffers = {
-            p: _filled(s, partition.size) for p, s in self._specs.items() if s.split == "partition"
+            p: _filled(s, partition.size) for p, s in self._specs.items() if s.reach == "partition"
         }
         self._buffers["sample_id"][:] = self.ids
         self._entries: list[SampleEntry | None] = [None] * partition.size
@@ -52,9 +52,9 @@ class PartitionWriter:
     def write(self, offset: int, samples: Sequence[PreparedSample], features: FeatureBatch) -> None:
         """Store consecutive samples, the first of them `offset` samples behind the partition's start.
 
-        A sample whose features are not finite, or whose picture or labels do not fit the schema, is recorded as
-        failed with the reason and keeps its slot. Raises StoreError when the batch does not belong here (ids,
-        shapes, dtypes, a slot that is taken) and StorageError when the disk refuses.
+        A sample whose features are not finite, or whose picture or labels do not fit the schema, is recorded
+        as failed with the reason and keeps its slot. Raises StoreError when the batch does not belong here
+        (ids, shapes, dtypes, a slot that is taken) and StorageError when the disk refuses.
         """
         self._check_slots(offset, [sample.sample_id for sample in samples])
         check_batch(self._specs, features, len(samples))
@@ -73,7 +73,7 @@ class PartitionWriter:
         self._entries[offset] = SampleEntry(sample_id=sample_id, state="failed", reason=reason)
 
     def commit(self) -> Record:
-        """Move everything into the store and write the record, last. Raises StoreError while slots are open."""
+        """Move all files into the store, then write the record. Raises StoreError while slots are open."""
         entries = tuple(entry for entry in self._entries if entry is not None)
         if len(entries) < self.partition.size:
             missing = self.ids[self._entries.index(None)]
@@ -93,7 +93,7 @@ class PartitionWriter:
             )
             self._withdraw()
             self._publish(record)
-            write_durably(self.root, record_path(self.root, self.partition), encode_record(record))
+            write_durably(self.root, {record_path(self.partition): encode_record(record)})
             shutil.rmtree(self._staging)
         return record
 
@@ -164,16 +164,18 @@ class PartitionWriter:
         self._files[name] = FileEntry(path=name, size=file.stat().st_size, sha256=sha256_file(file))
 
     def _staged_array(self, path: str) -> "zarr.Array[Any]":
-        """A copy of an array's metadata in staging: what is written through it has the store's own keys and codecs."""
+        """A copy of an array's metadata in staging: what is written gets the store's keys and codecs."""
         name = f"{self.partition.split}.zarr/{path}"
         folder = self._staging / name
         folder.mkdir(parents=True)
         shutil.copyfile(self.root / name / "zarr.json", folder / "zarr.json")
-        return zarr.open_array(folder, mode="r+", zarr_format=3, config={"write_empty_chunks": True})
+        # open_array takes a config and ignores it: without with_config a shard of nothing but fill is not written
+        array = zarr.open_array(folder, mode="r+", zarr_format=3)
+        return array.with_config({"write_empty_chunks": True})
 
     def _withdraw(self) -> None:
-        """Take back an older record, and the shards of samples that fail now, before their files are replaced."""
-        old = record_path(self.root, self.partition)
+        """Before files are replaced: take back an older record, and the shards of samples that fail now."""
+        old = self.root / record_path(self.partition)
         if old.exists():
             old.unlink()
             fsync_folders([old.parent])

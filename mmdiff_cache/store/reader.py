@@ -1,11 +1,12 @@
-"""Opens a store for reading. What a record does not vouch for is an error with the sample's name, never a fill value.
+"""Opens a store for reading. What a record does not vouch for is an error with the sample's name, never a
+fill value.
 
-Samples are addressed by position, layers by name (`single.4`), timesteps by value (0.26). Reads are slices only: zarr
-is a hundred times slower on lists of positions. All of it may be called from several threads.
+Samples are addressed by position, layers by name (`single.4`), timesteps by value (0.26). Reads are slices
+only: zarr is a hundred times slower on lists of positions. All of it may be called from several threads.
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,11 @@ from numpy.typing import NDArray
 from mmdiff_cache.errors import ConfigError, DamageError, MMDiffError, StorageError, StoreIncomplete
 from mmdiff_cache.records import LabelSpec
 
+from .arrays import ArraySpec, arrays
 from .manifest import Manifest, read_manifest
-from .metadata import check_metadata, chunk_key
+from .metadata import check_metadata, chunk_key, codec_words
 from .records import FileEntry, Partition, Record, SampleEntry, read_record
-from .schema import ArraySpec, Variant, arrays
+from .schema import Variant
 
 TIMESTEP_TOLERANCE = 1e-6
 
@@ -102,6 +104,10 @@ class SplitReader:
         """Every array of the split, coordinates too."""
         return tuple(self._specs.values())
 
+    def codec(self, path: str) -> str:
+        """The codecs of an array in words, such as `blosc zstd 1 shuffle, crc32c`."""
+        return codec_words(self._array(path))
+
     def state(self, sample: int) -> str:
         """`done`, `failed`, `pending` (never finished) or `damaged` (its record cannot be used)."""
         entry = self._samples[self._position(sample)]
@@ -143,8 +149,9 @@ class SplitReader:
     ) -> NDArray[np.float16]:
         """Hidden states [B T L h w C] in the order asked for; None means all that are stored.
 
-        `out`, when given, is filled and returned. Raises StoreIncomplete for a sample that was not finished or has
-        failed, DamageError where the files do not match their record, ConfigError for a name that is not stored.
+        `out`, when given, is filled and returned. Raises StoreIncomplete for a sample that was not finished
+        or has failed, DamageError where the files do not match their record, ConfigError for a name that is
+        not stored.
         """
         steps = self._steps(timesteps)
         places = range(len(self.layers)) if layers is None else [self.layer_index(layer) for layer in layers]
@@ -178,7 +185,7 @@ class SplitReader:
         return out
 
     def concept_maps(self, vocabulary: str, samples: Sequence[int], variant: int = 0) -> NDArray[np.float32]:
-        """Shares of the concepts at every token, [B K h w]: averaged over default blocks and all stored timesteps."""
+        """Shares of the concepts at every token, [B K h w]: mean over map_blocks and all stored timesteps."""
         path = f"concepts/{self._vocabulary(vocabulary)}/maps"
         return self._rows(path, samples, self._variant(variant))
 
@@ -209,7 +216,7 @@ class SplitReader:
         return np.ascontiguousarray(self._rows(f"{folder}/original", [sample])[0, :rows, :columns])
 
     def audit(self, samples: Sequence[int] | None = None) -> NDArray[np.float32]:
-        """Statistics of every map, [B V T L statistic] (records.STATISTICS); of all finished samples by default."""
+        """Statistics of every map, [B V T L statistic] (see STATISTICS); by default of all finished ones."""
         return self._rows("audit", self.finished if samples is None else samples)
 
     def _load_record(self, partition: Partition) -> None:
@@ -241,7 +248,8 @@ class SplitReader:
                         f"sample {self.ids[sample]!r} of {self.path} cannot be trusted: {damage}"
                     )
                 raise StoreIncomplete(
-                    f"sample {self.ids[sample]!r} of {self.path} was never finished; run the extraction again, it goes on"
+                    f"sample {self.ids[sample]!r} of {self.path} was never finished; "
+                    "run the same extraction again, it goes on"
                 )
             if entry.state == "failed":
                 raise StoreIncomplete(f"sample {self.ids[sample]!r} of {self.path} failed: {entry.reason}")
@@ -285,15 +293,13 @@ class SplitReader:
         return out
 
     @contextmanager
-    def _reading(self, path: str, position: tuple[int, ...]) -> Iterator["zarr.Array[Any]"]:
+    def _reading(self, path: str, position: tuple[int, ...]) -> Generator["zarr.Array[Any]"]:
         """Give the array after a look at the shard's size; any trouble inside it is damage of that file."""
         name = f"{self.split}.zarr/{chunk_key(self._specs[path], *position)}"
         file = self._root / name
         try:
             self._check_size(file, self._files.get(name))
-            if path not in self._arrays:
-                self._arrays[path] = zarr.open_array(self.path / path, mode="r", zarr_format=3)
-            yield self._arrays[path]
+            yield self._array(path)
         except MMDiffError:
             raise
         except OSError as error:
@@ -302,6 +308,12 @@ class SplitReader:
             raise DamageError(
                 f"{file} is damaged ({error}); the rest of the store can still be read"
             ) from error
+
+    def _array(self, path: str) -> "zarr.Array[Any]":
+        """Opened once; two threads that meet here open it twice, which is harmless."""
+        if path not in self._arrays:
+            self._arrays[path] = zarr.open_array(self.path / path, mode="r", zarr_format=3)
+        return self._arrays[path]
 
     def _check_size(self, file: Path, entry: FileEntry | None) -> None:
         """Zarr reads a missing shard as fill values, silently: it must be there and as long as recorded."""
@@ -324,7 +336,7 @@ def _target(out: NDArray[Any] | None, shape: tuple[int, ...], dtype: "np.dtype[A
 
 
 def _runs(positions: Sequence[int], size: int | None = None) -> Iterator[tuple[slice, slice]]:
-    """Cut positions into runs of consecutive ones: (slice to read, slice to fill). No run crosses a multiple of `size`."""
+    """Runs of consecutive positions as (slice to read, slice to fill); none crosses a multiple of `size`."""
     begin = 0
     for end in range(1, len(positions) + 1):
         last = end == len(positions)

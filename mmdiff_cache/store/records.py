@@ -1,7 +1,8 @@
 """Completion records: the only evidence that a sample is in the store.
 
-A record is written last, by atomic rename, when every file it lists is durable. Readers and resuming writers trust
-records, never fill values and never the mere presence of files. Steps: docs/cache-format.md, "Order of writing".
+A record is written last, by atomic rename, when every file it lists is durable. Readers and resuming writers
+trust records, never fill values and never the mere presence of files. Steps: docs/cache-format.md, "Order of
+writing".
 """
 
 import dataclasses
@@ -22,7 +23,7 @@ State = Literal["done", "failed"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Partition:
-    """A fixed run of consecutive samples `start <= index < stop` of one split: the unit of work and of redo."""
+    """A fixed run of samples of one split, `start <= position < stop`: the unit of work and of redo."""
 
     split: str
     index: int
@@ -70,7 +71,7 @@ class FileEntry(Config):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Record(Config):
-    """The completion record of one partition. It holds no time, process or host: equal work gives equal bytes."""
+    """The completion record of one partition, without time, process or host: equal work gives equal bytes."""
 
     split: str
     partition: int
@@ -90,14 +91,14 @@ def canonical(values: Any) -> bytes:
 
 
 def seal(values: Mapping[str, Any]) -> bytes:
-    """A JSON document for people and programs, with format_version and the SHA-256 of its own canonical form."""
+    """A JSON document with format_version and the SHA-256 of its own canonical form."""
     body = {**values, "format_version": FORMAT_VERSION}
     body["sha256"] = hashlib.sha256(canonical(body)).hexdigest()
     return json.dumps(body, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False).encode() + b"\n"
 
 
 def unseal(data: bytes, name: str) -> dict[str, Any]:
-    """The document that `seal` wrote, less its hash. Raises DamageError when its bytes are not what was written."""
+    """The document that `seal` wrote, less its hash. Raises DamageError when it is not what was written."""
     try:
         body = json.loads(data)
     except ValueError:
@@ -121,7 +122,7 @@ def read_record(root: Path, partition: Partition, identity: str, ids: Sequence[s
     `ids` are the partition's samples by the manifest. Raises DamageError when the record is not the one that
     belongs there: unreadable, of another identity, or about other samples.
     """
-    path = record_path(root, partition)
+    path = root / record_path(partition)
     try:
         data = path.read_bytes()
     except FileNotFoundError:
@@ -146,13 +147,13 @@ def read_record(root: Path, partition: Partition, identity: str, ids: Sequence[s
     return record
 
 
-def record_path(root: Path, partition: Partition) -> Path:
-    """Where the record of a partition lies."""
-    return root / "partitions" / f"{partition.name}.json"
+def record_path(partition: Partition) -> str:
+    """Where the record of a partition lies, from the store's folder."""
+    return f"partitions/{partition.name}.json"
 
 
 def first_fault(root: Path, record: Record) -> str | None:
-    """The first listed file that is absent or has another size, in words; None when all sizes fit (one stat a file)."""
+    """The first listed file that is absent or has another size, in words; None when all sizes fit."""
     for entry in record.files:
         try:
             size = (root / entry.path).stat().st_size

@@ -1,26 +1,20 @@
-"""What arrays a store has: names, axes, sizes, chunks and what they mean. Pure values; nothing here touches a disk.
-
-One Zarr group a split. docs/cache-format.md is the specification; this module is its only source in code.
-"""
+"""What a store contains, as values, and what that costs in bytes and files. Nothing here touches a disk."""
 
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
-
-import numpy as np
+from dataclasses import dataclass
+from typing import Literal
 
 from mmdiff_cache.config import Config
 from mmdiff_cache.errors import ConfigError
-from mmdiff_cache.records import STATISTICS, LabelSpec
+from mmdiff_cache.records import LabelSpec
+
+from .arrays import arrays, hidden_states
 
 FORMAT_VERSION = 1
 
 Codec = Literal["zstd", "lz4"]
-Scalar = int | float | str | bool
-Split = Literal["sample", "partition", "whole"]
-"""How far one file reaches: one (sample, variant), one partition, or the whole array (coordinates)."""
 
 RATIOS: Mapping[tuple[str, str], float] = {
     ("zstd", "bfloat16"): 1.40,
@@ -53,7 +47,7 @@ class Variant(Config):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Vocabulary(Config):
-    """A concept list with the double blocks whose scores are stored. It cannot be cut: its concepts see each other."""
+    """A concept list and the double blocks whose scores are stored. It cannot be cut: concepts interact."""
 
     name: str
     concepts: tuple[str, ...]
@@ -72,7 +66,7 @@ class LabelArray(Config):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StoreSchema(Config):
-    """The contents of a store: everything that decides the shape of its arrays, except the number of samples."""
+    """The contents of a store: all that decides the shape of its arrays, except the number of samples."""
 
     layers: tuple[str, ...]
     timesteps: tuple[float, ...]
@@ -130,215 +124,8 @@ def _check_vocabulary(vocabulary: Vocabulary) -> None:
     unknown = sorted(set(vocabulary.map_blocks) - set(vocabulary.blocks))
     if unknown:
         raise ConfigError(
-            f"map_blocks of vocabulary {vocabulary.name!r} names {unknown[0]!r}, which is not one of its blocks"
+            f"map_blocks of vocabulary {vocabulary.name!r} must be among its blocks, got {unknown[0]!r}"
         )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ArraySpec:
-    """One array of a split. `chunk` is read alone; `shard` is one file (None: a chunk is a file)."""
-
-    path: str
-    dtype: str
-    dims: tuple[str, ...]
-    shape: tuple[int, ...]
-    chunk: tuple[int, ...]
-    shard: tuple[int, ...] | None
-    fill: Scalar
-    split: Split
-    attributes: Mapping[str, Any] = field(default_factory=dict[str, Any])
-    values: tuple[Scalar, ...] | None = None
-    """Of a coordinate: its content, written with the metadata."""
-
-    @property
-    def itemsize(self) -> int:
-        """Bytes a value; 0 for text, whose size is not known beforehand."""
-        return 0 if self.dtype == "string" else np.dtype(self.dtype).itemsize
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the whole array before any codec, without text."""
-        return math.prod(self.shape) * self.itemsize
-
-
-def arrays(schema: StoreSchema, samples: int) -> tuple[ArraySpec, ...]:
-    """Every array of a split of `samples` samples, coordinates first."""
-    return (
-        *_coordinates(schema),
-        _hidden_states(schema, samples),
-        *_small_arrays(schema, samples),
-        *(
-            spec
-            for vocabulary in schema.vocabularies
-            for spec in _concept_arrays(schema, vocabulary, samples)
-        ),
-        *(spec for label in schema.labels for spec in _label_arrays(schema, label, samples)),
-    )
-
-
-def _hidden_states(schema: StoreSchema, samples: int) -> ArraySpec:
-    steps, layers = len(schema.timesteps), len(schema.layers)
-    one_map = (*schema.grid, schema.channels)
-    return ArraySpec(
-        path="hidden_states",
-        dtype="float16",
-        dims=("sample", "variant", "timestep", "layer", "height", "width", "channel"),
-        shape=(samples, len(schema.variants), steps, layers, *one_map),
-        chunk=(1, 1, 1, 1, *one_map),
-        shard=(1, 1, steps, layers, *one_map),
-        fill=math.nan,
-        split="sample",
-        attributes={
-            "long_name": "outputs of transformer blocks, image tokens only, neither projected nor normalised",
-            "units": "1",
-            "coordinates": "sample_id noise_draw flipped",
-        },
-    )
-
-
-def _coordinate(
-    path: str, dtype: str, values: tuple[Scalar, ...], dim: str | None = None, **attributes: str
-) -> ArraySpec:
-    return ArraySpec(
-        path=path,
-        dtype=dtype,
-        dims=(dim or path.rsplit("/")[-1],),
-        shape=(len(values),),
-        chunk=(len(values),),
-        shard=None,
-        fill="" if dtype == "string" else False if dtype == "bool" else math.nan if dtype == "float64" else 0,
-        split="whole",
-        attributes=attributes,
-        values=values,
-    )
-
-
-def _coordinates(schema: StoreSchema) -> tuple[ArraySpec, ...]:
-    draws = tuple(variant.noise_draw for variant in schema.variants)
-    flips = tuple(variant.flipped for variant in schema.variants)
-    t_note = "t in [0, 1]; 0 = the clean latent, 1 = pure noise; the group attribute 'noise' gives x_t"
-    return (
-        _coordinate("timestep", "float64", schema.timesteps, long_name=t_note, units="1"),
-        _coordinate(
-            "layer", "string", schema.layers, long_name="address of the block: kind.number, counted from 0"
-        ),
-        _coordinate("noise_draw", "int64", draws, "variant", long_name="number of the noise draw"),
-        _coordinate(
-            "flipped", "bool", flips, "variant", long_name="picture and labels mirrored left to right"
-        ),
-        _coordinate("statistic", "string", STATISTICS, long_name="what the last axis of audit holds"),
-    )
-
-
-def _partitioned(
-    schema: StoreSchema,
-    path: str,
-    dtype: str,
-    samples: int,
-    dims: tuple[str, ...],
-    inner: tuple[int, ...],
-    chunk: tuple[int, ...],
-    fill: Scalar,
-    **attributes: Any,
-) -> ArraySpec:
-    """A small array: `inner` is the shape behind the sample axis; its file is one partition."""
-    return ArraySpec(
-        path=path,
-        dtype=dtype,
-        dims=("sample", *dims),
-        shape=(samples, *inner),
-        chunk=chunk,
-        shard=(schema.partition_size, *inner),
-        fill=fill,
-        split="partition",
-        attributes=attributes,
-    )
-
-
-def _small_arrays(schema: StoreSchema, samples: int) -> tuple[ArraySpec, ...]:
-    size, variants = schema.partition_size, len(schema.variants)
-    latent = (*schema.grid, schema.latent_channels)
-    picture = (*schema.image_size, 3)
-    audit = (variants, len(schema.timesteps), len(schema.layers), len(STATISTICS))
-    return (
-        _partitioned(
-            schema, "latents", "float32", samples, ("height", "width", "latent_channel"), latent, (1, *latent), math.nan,
-            long_name="clean latent before noising, packed to tokens", units="1",
-        ),
-        _partitioned(
-            schema, "images", "uint8", samples, ("image_height", "image_width", "rgb"), picture, (1, *picture), 0,
-            long_name="picture at network size, sRGB", units="1",
-        ),
-        _partitioned(
-            schema, "audit", "float32", samples, ("variant", "timestep", "layer", "statistic"), audit, (size, *audit),
-            math.nan, long_name="statistics of every map, taken in float32 before the cast to float16", units="1",
-        ),
-        _partitioned(
-            schema, "sample_id", "string", samples, (), (), (size,), "", long_name="name of the sample in its data set"
-        ),
-        _partitioned(
-            schema, "prompt", "string", samples, (), (), (size,), "", long_name="text that conditioned the backbone"
-        ),
-        _partitioned(
-            schema, "noise_key", "uint64", samples, ("variant", "word"), (variants, 2), (size, variants, 2), 0,
-            long_name="Philox key of the variant's noise",
-        ),
-    )  # fmt: skip
-
-
-def _concept_arrays(schema: StoreSchema, vocabulary: Vocabulary, samples: int) -> tuple[ArraySpec, ...]:
-    folder, variants, steps = f"concepts/{vocabulary.name}", len(schema.variants), len(schema.timesteps)
-    maps = (len(vocabulary.concepts), *schema.grid)
-    read_together = (len(vocabulary.blocks), *maps)
-    return (
-        _coordinate(f"{folder}/concept", "string", vocabulary.concepts, long_name="word of the vocabulary"),
-        _coordinate(f"{folder}/block", "string", vocabulary.blocks, long_name="address of the double block"),
-        _partitioned(
-            schema, f"{folder}/scores", "float32", samples,
-            ("variant", "timestep", "block", "concept", "height", "width"),
-            (variants, steps, *read_together), (1, 1, 1, *read_together), math.nan,
-            long_name="raw products o_x . o_c of image and concept outputs", units="1",
-        ),
-        _partitioned(
-            schema, f"{folder}/maps", "float32", samples, ("variant", "concept", "height", "width"),
-            (variants, *maps), (1, 1, *maps), math.nan,
-            long_name="softmax over concepts, then the mean over map_blocks and all timesteps", units="1",
-            map_blocks=list(vocabulary.map_blocks or vocabulary.blocks),
-        ),
-    )  # fmt: skip
-
-
-def label_fill(spec: LabelSpec) -> Scalar:
-    """What stands where a label map has no pixel: NaN for depth, the ignore id or 0 for ids."""
-    return math.nan if spec.kind == "depth" else (spec.ignore or 0)
-
-
-def _label_arrays(schema: StoreSchema, label: LabelArray, samples: int) -> tuple[ArraySpec, ...]:
-    folder, spec = f"labels/{label.spec.name}", label.spec
-    dtype, fill = ("float32" if spec.kind == "depth" else "uint8"), label_fill(spec)
-    units = "metre" if spec.kind == "depth" else "1"
-    meaning: dict[str, Any] = {"kind": spec.kind, "units": units}
-    if spec.classes:
-        meaning["classes"] = list(spec.classes)
-    if spec.ignore is not None:
-        meaning["ignore"] = spec.ignore
-    if spec.valid_range is not None:
-        meaning["valid_range_of_label"] = list(spec.valid_range)
-    return (
-        _partitioned(
-            schema, f"{folder}/map", dtype, samples, ("image_height", "image_width"),
-            schema.image_size, (1, *schema.image_size), fill, long_name=f"{spec.name} at network size", **meaning,
-        ),
-        _partitioned(
-            schema, f"{folder}/original", dtype, samples, ("original_height", "original_width"),
-            label.canvas, (1, *label.canvas), fill,
-            long_name=f"{spec.name} as distributed, in the top left corner of the canvas", **meaning,
-        ),
-        _partitioned(
-            schema, f"{folder}/original_size", "int32", samples, ("extent",), (2,), (schema.partition_size, 2), 0,
-            long_name="true rows and columns of the original map", units="pixel",
-        ),
-    )  # fmt: skip
 
 
 def raw_bytes(schema: StoreSchema, samples: int) -> int:
@@ -351,7 +138,7 @@ def estimated_bytes(schema: StoreSchema, samples: int, dtype: str = "bfloat16") 
 
     `dtype` is that in which the backbone ran (RATIOS); another one counts as float32.
     """
-    hidden = _hidden_states(schema, samples).nbytes
+    hidden = hidden_states(schema, samples).nbytes
     ratio = RATIOS.get((schema.codec, dtype), RATIOS[schema.codec, "float32"])
     return math.ceil(hidden / ratio) + raw_bytes(schema, samples) - hidden
 
@@ -360,8 +147,8 @@ def file_count(schema: StoreSchema, samples: int) -> int:
     """Files of one split: shards, coordinates, zarr.json of arrays and groups, and one record a partition."""
     specs = arrays(schema, samples)
     partitions = math.ceil(samples / schema.partition_size)
-    shards = {"sample": samples * len(schema.variants), "partition": partitions, "whole": 1}
+    shards = {"sample": samples * len(schema.variants), "partition": partitions, "array": 1}
     groups = {
         "/".join(spec.path.split("/")[:depth]) for spec in specs for depth in range(spec.path.count("/") + 1)
     }
-    return sum(shards[spec.split] + 1 for spec in specs) + len(groups) + partitions
+    return sum(shards[spec.reach] + 1 for spec in specs) + len(groups) + partitions

@@ -1,4 +1,4 @@
-"""Opens a store for writing: takes the lock, creates or checks, says what is left to do, begins partitions."""
+"""Opens a store for writing: takes the lock, creates or checks, says what is left, begins partitions."""
 
 import json
 import logging
@@ -89,9 +89,9 @@ class StoreWriter:
 def open_writer(path: str | os.PathLike[str], manifest: Manifest) -> StoreWriter:
     """Open the store at `path` for what `manifest` asks: create it, or go on with it when it is the same.
 
-    A store that holds all that is asked, and more, opens with nothing pending. Raises StoreError when the folder is
-    no store, holds another identity or lacks what is asked, or is being written by someone else; StorageError when
-    it cannot be written. A folder with foreign files is left untouched.
+    A store that holds all that is asked, and more, opens with nothing pending. Raises StoreError when the
+    folder is no store, holds another identity or lacks what is asked, or is being written by someone else;
+    StorageError when it cannot be written. A folder with foreign files is left untouched.
     """
     root = Path(path)
     numcodecs.blosc.use_threads = False  # with threads, a chunk's bytes depend on how many there are
@@ -142,14 +142,12 @@ def _create(root: Path, manifest: Manifest) -> Manifest:
         relative = leftover.relative_to(root).as_posix()
         if relative not in files or leftover.read_bytes() != files[relative]:
             raise StoreError(
-                f"{root} has data but no {MANIFEST} ({relative}); restore the manifest, or choose another folder, "
+                f"{root} has data but no {MANIFEST} ({relative}); restore it, or choose another folder, "
                 f"e.g. --store {free_name(root)}"
             )
-    for relative, data in files.items():
-        make_folders((root / relative).parent)
-        write_durably(root, root / relative, data)
+    write_durably(root, files)
     complete = with_metadata(manifest, files)
-    write_durably(root, root / MANIFEST, encode_manifest(complete))
+    write_durably(root, {MANIFEST: encode_manifest(complete)})
     return complete
 
 
@@ -172,9 +170,9 @@ def _check_fit(writer: StoreWriter, differences: list[Difference]) -> None:
     if beyond:
         layout = next((d for d in differences if d.part == "layout"), None)
         raise StoreError(
-            f"{root} is not finished (partition {beyond[0]} is the first of {len(beyond)}) and was planned for other "
-            f"contents than asked{f': {layout}' if layout else ''}; finish it with the configuration in its {MANIFEST}, "
-            f"or {other}"
+            f"{root} is not finished ({beyond[0]} is the first of {len(beyond)} partitions left) and was "
+            f"planned for other contents than asked{f': {layout}' if layout else ''}; "
+            f"finish it with the configuration in its {MANIFEST}, or {other}"
         )
     for difference in differences:
         if difference.part == "provenance":
@@ -188,7 +186,7 @@ def _can_finish(writer: StoreWriter, partition: Partition) -> bool:
 
 
 def _log(root: Path, asked: Manifest) -> None:
-    """Note who opened the store and when. Times stay out of manifest and records; failing here harms nothing."""
+    """Note who opened the store and when: times stay out of manifest and records."""
     note: dict[str, Any] = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "pid": os.getpid(),

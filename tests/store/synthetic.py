@@ -1,4 +1,4 @@
-"""A synthetic source of features for store tests: random values of the right shapes, the same for the same sample id."""
+"""A synthetic source of features for store tests: random values of the right shapes, set by the sample id."""
 
 import hashlib
 from pathlib import Path
