@@ -169,7 +169,7 @@ class PartitionWriter:
         folder = self._staging / name
         folder.mkdir(parents=True)
         shutil.copyfile(self.root / name / "zarr.json", folder / "zarr.json")
-        # open_array takes a config and ignores it: without with_config a shard of nothing but fill is not written
+        # open_array ignores a config; without this one, a shard of nothing but fill would not be written
         array = zarr.open_array(folder, mode="r+", zarr_format=3)
         return array.with_config({"write_empty_chunks": True})
 

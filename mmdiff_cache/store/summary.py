@@ -273,17 +273,14 @@ def _label(reader: SplitReader, spec: LabelSpec, samples: Sequence[int]) -> Labe
 
 
 def _depth(reader: SplitReader, spec: LabelSpec, samples: Sequence[int]) -> LabelStatistics:
-    """Range and mean of the depths that count; a depth that is not finite or outside the valid range does not."""
+    """Range and mean of the depths that count: those that are finite and in the valid range."""
     low, high, total, valid, pixels = np.inf, -np.inf, 0.0, 0, 0
     least, most = spec.valid_range or (-np.inf, np.inf)
     for sample in samples:
         depth: NDArray[np.float32] = reader.labels(spec.name, [sample])
         inside = depth[np.isfinite(depth) & (depth >= least) & (depth <= most)]
-        pixels, valid, total = (
-            pixels + depth.size,
-            valid + inside.size,
-            total + float(inside.sum(dtype=np.float64)),
-        )
+        pixels, valid = pixels + depth.size, valid + inside.size
+        total += float(inside.sum(dtype=np.float64))
         if inside.size:
             low, high = min(low, float(inside.min())), max(high, float(inside.max()))
     return LabelStatistics(
