@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from mmdiff_cache.backbones.info import BackboneInfo
 from mmdiff_cache.config import ExtractConfig, filled
 
-CPU_SPEED = 30e9
+CPU_SPEED = 20e9
 """Assumed floating-point operations a second and thread."""
 CUDA_SPEED = 200e12
 """Assumed floating-point operations a second of a data-centre GPU in bfloat16, at most half of its peak."""
