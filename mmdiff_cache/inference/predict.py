@@ -1,0 +1,223 @@
+"""A trained run applied to pictures that are in no store: the same backbone, noise, prompt, layers and timesteps.
+
+A picture's noise is keyed by its id, as in a store: the path below the store's data root for a file that lies there
+(as the data set `images` names it), else the file's name without its suffix. So a picture gets the same prediction
+whatever it is predicted with, and a picture that is also in the store gets exactly what evaluation gets from the cache:
+a forward pass has the store's batch size, filled up with repeats where there are fewer pictures.
+"""
+
+import dataclasses
+import os
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from mmdiff_cache.backbones.registry import describe
+from mmdiff_cache.config import ExtractConfig, TrainConfig, filled
+from mmdiff_cache.datasets.images import safe_id
+from mmdiff_cache.datasets.pictures import read_picture
+from mmdiff_cache.datasets.prompts import PromptRule, open_prompts
+from mmdiff_cache.datasets.registry import find_dataset
+from mmdiff_cache.datasets.transforms import prepare
+from mmdiff_cache.errors import BackboneError, CheckpointError, DataError
+from mmdiff_cache.extraction.extractor import Extractor, failures
+from mmdiff_cache.extraction.run import load_extractor
+from mmdiff_cache.inference.output import Prediction, write_predictions
+from mmdiff_cache.loader import NO_CONCEPTS, Batch, concept_maps, map_blocks
+from mmdiff_cache.records import FeatureBatch, LabelSpec, PreparedSample, Progress, Sample
+from mmdiff_cache.store.reader import Store, open_store
+from mmdiff_cache.tasks import find_task
+from mmdiff_cache.training.build import Model
+from mmdiff_cache.training.run import Run, load_run, model_for_run
+from mmdiff_cache.training.scoring import predict_batch
+
+Picture = str | os.PathLike[str] | Sample
+"""A file, or a sample in memory, which brings its id and perhaps its prompts."""
+
+
+class TrainedModel:
+    """A trained run, ready to be applied; the backbone is loaded at the first picture and kept."""
+
+    def __init__(self, run: Run, store: Store, model: Model) -> None:
+        self.run = run
+        self.config = run.config
+        self.task = find_task(run.config.task)
+        self.store = store
+        self.model = model
+        self.title = run.path.name
+        self.extraction = ExtractConfig.from_json(store.manifest.config)
+        self.label: LabelSpec = store[store.splits[0]].label_specs[self.task.label]
+
+    @cached_property
+    def extractor(self) -> Extractor:
+        """The store's backbone, capturing at the store's timesteps what this run uses.
+
+        All stored timesteps go in one pass even where the run uses fewer, so that the numbers are the store's.
+        Raises BackboneError where the weights are missing or are not those of the store.
+        """
+        vocabulary = self.vocabulary
+        words = {} if vocabulary is None else {vocabulary: filled(self.extraction.concepts)[vocabulary]}
+        config = dataclasses.replace(
+            self.extraction, layers=filled(self.config.layers), concepts=words, device=self.config.device
+        )
+        extractor = load_extractor(config, describe(filled(config.backbone)))
+        for name, value in extractor.backbone.identity().items():
+            stored = self.store.manifest.identity.get(name)
+            if stored != value:
+                raise BackboneError(
+                    f"{self.title} was trained on features of another {self.extraction.backbone}: its {name} was "
+                    f"{stored}, is {value}; put the former weights back, or extract and train again"
+                )
+        return extractor
+
+    @cached_property
+    def prompts(self) -> PromptRule:
+        """How the store's prompts were made."""
+        return open_prompts(self.extraction.prompts, find_dataset(self.extraction.dataset).prompt_kinds)
+
+    @property
+    def vocabulary(self) -> str | None:
+        """The concept list that guides the run, if any."""
+        return None if self.config.concepts in (None, NO_CONCEPTS) else self.config.concepts
+
+    def sample_of(self, picture: Picture) -> Sample:
+        """Read a picture and give it its id. Raises DataError for a file that cannot be used."""
+        if isinstance(picture, Sample):
+            return picture
+        path = Path(picture).expanduser()
+        if not path.is_file():
+            raise DataError(f"{path} is not a file; predict takes pictures")
+        return Sample(sample_id=picture_id(path, self.extraction.data_root), image=read_picture(path))
+
+    def prepared(self, sample: Sample) -> PreparedSample:
+        """The sample at network size, with its prompt. Raises DataError where the store's prompts cannot be had."""
+        try:
+            prompt = self.prompts.prompt(sample)
+        except DataError as error:
+            raise DataError(
+                f"{sample.sample_id} has no prompt, and {self.title} was trained with prompts "
+                f"{self.extraction.prompts!r}; new pictures need a run trained on a store with --prompts empty"
+            ) from error
+        bare = Sample(sample_id=sample.sample_id, image=sample.image)
+        return prepare(bare, filled(self.extraction.resolution), prompt)
+
+    def batch(self, samples: Sequence[PreparedSample]) -> Batch:
+        """One pass of the backbone over as many samples as the store had in a batch, or fewer.
+
+        Raises BackboneError for features that are not finite.
+        """
+        repeats = [samples[0]] * (filled(self.extraction.batch_size) - len(samples))
+        features = self.extractor([*samples, *repeats])
+        for position, reason in failures(features, self.extractor.layers, self.extractor.timesteps).items():
+            if position < len(samples):
+                raise BackboneError(f"{samples[position].sample_id}: {reason}")
+        return self._as_batch(features, samples)
+
+    def _as_batch(self, features: FeatureBatch, samples: Sequence[PreparedSample]) -> Batch:
+        """Features as the loader would hand them over."""
+        count = len(samples)
+        steps = [self.extractor.timesteps.index(t) for t in filled(self.config.timesteps)]
+        concepts = None
+        if self.vocabulary is not None:
+            scores = features.concept_scores[self.vocabulary][:count, 0][:, steps]
+            concepts = torch.from_numpy(concept_maps(scores, map_blocks(self.store, self.vocabulary)))
+        return Batch(
+            hidden_states=torch.from_numpy(self._inputs(features, samples, steps)),
+            concepts=concepts,
+            discriminative=(),
+            targets={},
+            indices=torch.arange(count),
+            ids=tuple(sample.sample_id for sample in samples),
+        )
+
+    def _inputs(
+        self, features: FeatureBatch, samples: Sequence[PreparedSample], steps: Sequence[int]
+    ) -> NDArray[np.generic]:
+        """What the run's source gives the model, [B T L h w C]."""
+        if self.config.source == "hidden_states":
+            return features.hidden_states[: len(samples), 0][:, steps]
+        if self.config.source == "latents":
+            maps: NDArray[np.generic] = features.latents[: len(samples)]
+        else:
+            maps = np.stack([sample.image for sample in samples]).astype(np.float32) / np.float32(127.5) - np.float32(1)
+        return np.repeat(maps[:, None, None], len(self.extractor.layers), axis=2)
+
+
+def load_model(run: Run | str | os.PathLike[str], weights: str = "ema") -> TrainedModel:
+    """A trained run, ready to be given to `predict`. Weights: `ema`, `raw` or `best`.
+
+    Of the run's store only what it says about itself is read. Raises CheckpointError for a run that cannot be used or
+    whose store has been replaced, StoreError where the store is gone.
+    """
+    opened = load_run(run if isinstance(run, Run) else Path(run))
+    store = open_store(opened.config.stores[0])
+    trained_on = opened.origin["fingerprint"]
+    if store.manifest.fingerprint != trained_on:
+        raise CheckpointError(
+            f"{opened.path} was trained on a store with identity {trained_on[:12]}, {store.path} now has "
+            f"{store.manifest.fingerprint[:12]}; put the former store back, or train again"
+        )
+    model = model_for_run(opened, weights).to(opened.config.device)
+    return TrainedModel(opened, store, model)
+
+
+def picture_id(path: Path, data_root: str | None) -> str:
+    """The id of a file that is in no store: see the top of this module."""
+    if data_root is not None and path.resolve().is_relative_to(Path(data_root).resolve()):
+        return safe_id(path.resolve().relative_to(Path(data_root).resolve()))
+    return safe_id(Path(path.stem))
+
+
+def predict(
+    run: Run | TrainedModel | str | os.PathLike[str],
+    images: Sequence[Picture],
+    out: str | os.PathLike[str] | None = None,
+    progress: Progress | None = None,
+) -> list[Prediction]:
+    """Apply a run to pictures; one prediction each, in order, at the picture's own size.
+
+    With `out`, a folder: colour PNG, raw array and a page are written there too. Every picture is read before the
+    backbone is loaded, so a file that cannot be used costs nothing.
+
+    Raises DataError for such a file, CheckpointError for a run that does not fit, BackboneError for missing weights.
+    """
+    model = run if isinstance(run, TrainedModel) else load_model(run)
+    samples = [model.sample_of(picture) for picture in images]
+    prepared = [model.prepared(sample) for sample in samples]
+    predictions: list[Prediction] = []
+    for positions in _runs(len(samples), filled(model.extraction.batch_size)):
+        if progress is not None:
+            progress(len(predictions), len(samples), "predicting")
+        batch = model.batch([prepared[n] for n in positions])
+        sizes = [(samples[n].image.shape[0], samples[n].image.shape[1]) for n in positions]
+        arrays = predict_batch(model.model, model.task, batch, sizes, model.config.precision)
+        predictions += [
+            Prediction(
+                sample_id=samples[n].sample_id,
+                task=model.task.name,
+                label=model.label,
+                image=samples[n].image,
+                array=array,
+            )
+            for n, array in zip(positions, arrays, strict=True)
+        ]
+    if out is None:
+        return predictions
+    return write_predictions(predictions, Path(out), f"{model.task.name} by {model.title}", _note(model))
+
+
+def _runs(count: int, size: int) -> Iterator[range]:
+    """Positions 0 ... count - 1 in batches."""
+    for start in range(0, count, size):
+        yield range(start, min(start + size, count))
+
+
+def _note(model: TrainedModel) -> str:
+    return (
+        f"Backbone {model.store.manifest.provenance.get('backbone')}, layers {', '.join(filled(model.config.layers))}, "
+        f"timesteps {', '.join(f'{t:g}' for t in filled(model.config.timesteps))}, prompts {model.extraction.prompts}."
+    )
