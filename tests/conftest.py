@@ -2,8 +2,12 @@
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from mmdiff_cache.backbones.flux import FluxBackbone
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -16,3 +20,22 @@ def tiny_flux_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.tiny_flux import save_tiny_flux
 
     return save_tiny_flux(tmp_path_factory.mktemp("backbones") / "tiny-flux")
+
+
+@pytest.fixture(scope="session")
+def learnable_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store of 24 + 6 samples whose labels can be read off its features; see tests/learnable.py."""
+    from tests.learnable import write_store
+
+    return write_store(tmp_path_factory.mktemp("stores") / "blocks" / "flux-tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_backbone(tiny_flux_folder: Path) -> "FluxBackbone":
+    """The tiny pipeline loaded whole, in float32 on the CPU. Tests leave it as they find it."""
+    from mmdiff_cache.backbones.flux import FluxBackbone
+    from mmdiff_cache.backbones.registry import describe, load_backbone
+
+    backbone = load_backbone(describe(str(tiny_flux_folder)), device="cpu")
+    assert isinstance(backbone, FluxBackbone)
+    return backbone

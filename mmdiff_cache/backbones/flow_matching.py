@@ -17,14 +17,17 @@ from mmdiff_cache.records import draw_noise
 
 
 def draw_batch(
-    noise: NoiseConfig, sample_ids: Sequence[str], timesteps: int, shape: tuple[int, int, int]
+    noise: NoiseConfig, sample_ids: Sequence[str], timesteps: int, shape: Sequence[int]
 ) -> Float[Tensor, "B T c H_f W_f"]:
-    """Float32 noise on the CPU for a batch; the timestep axis has size 1 where all timesteps share one draw.
+    """Float32 noise on the CPU for a batch of latents of `shape` [c H/f W/f].
 
+    The timestep axis has size 1 where all timesteps share one draw.
     A sample's noise depends on the seed and its id alone, never on the batch it is in.
     """
     draws = 1 if noise.shared else timesteps
-    drawn = [[draw_noise(noise.seed, sample, draw, shape) for draw in range(draws)] for sample in sample_ids]
+    drawn = [
+        [draw_noise(noise.seed, sample, draw, tuple(shape)) for draw in range(draws)] for sample in sample_ids
+    ]
     return torch.from_numpy(np.array(drawn))
 
 

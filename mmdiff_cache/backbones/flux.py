@@ -2,13 +2,15 @@
 
 import logging
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
+from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
 from diffusers.utils import logging as diffusers_logging
 from einops import rearrange
 from jaxtyping import Float, UInt8
@@ -38,8 +40,8 @@ class FluxBackbone(Backbone):
         self._pipeline = pipeline
         self._transformer = cast(FluxTransformer2DModel, pipeline.transformer)
         self._vae = cast(AutoencoderKL, pipeline.vae)
-        self.device = cast(torch.device, self._transformer.device)
-        self.dtype = cast(torch.dtype, self._transformer.dtype)
+        self.device = self._transformer.device
+        self.dtype = self._transformer.dtype
         self._weights_sha256 = weights_sha256
         self._text_length = text_length
         self._prompts: dict[str, tuple[Tensor, Tensor]] = {}
@@ -180,7 +182,7 @@ def load_flux(
 
 
 @contextmanager
-def _quiet_loading() -> Iterator[None]:
+def _quiet_loading() -> Generator[None]:
     """Hide the loaders' progress bars, and their remarks on the blocks that are left out on purpose."""
     libraries = (diffusers_logging, transformers_logging)
     before = [(library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries]

@@ -5,7 +5,7 @@ and are then updated as text is. How strongly an image token belongs to a concep
 attention outputs, both before the output projections. Paper: Sec. 3.2, Eq. 3-4, after ConceptAttention.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -47,7 +47,7 @@ def reading(
     blocks: Mapping[str, BlockSlot],
     vocabularies: Mapping[str, Float[Tensor, "K C"]],
     modulation: Float[Tensor, "B C"],
-) -> Iterator[dict[str, ConceptStream]]:
+) -> Generator[dict[str, ConceptStream]]:
     """Run the concept streams of all vocabularies beside the next forward pass, which they leave untouched.
 
     `vocabularies` holds the tokens that each stream starts with, `modulation` the conditioning of all of
@@ -108,17 +108,15 @@ class _AttentionRecorder:
         self._seen: dict[str, Tensor] = {}
 
     @contextmanager
-    def attached(self) -> Iterator[None]:
+    def attached(self) -> Generator[None]:
         """Record while the context lasts. A compiled block hides its insides and raises BackboneError."""
         if getattr(self._block, "_compiled_call_impl", None) is not None:
             raise BackboneError("concept maps need uncompiled double blocks; compile the single blocks only")
         attn = cast(Any, self._block).attn
         handles = [
-            attn.to_k.register_forward_hook(lambda _module, _inputs, output: self._keep("keys", output)),
-            attn.to_v.register_forward_hook(lambda _module, _inputs, output: self._keep("values", output)),
-            attn.to_out[0].register_forward_pre_hook(
-                lambda _module, inputs: self._keep("outputs", inputs[0])
-            ),
+            attn.to_k.register_forward_hook(self._keep_output("keys")),
+            attn.to_v.register_forward_hook(self._keep_output("values")),
+            attn.to_out[0].register_forward_pre_hook(self._keep_input("outputs")),
         ]
         try:
             yield
@@ -134,15 +132,24 @@ class _AttentionRecorder:
         cosine, sine = (part[-image_tokens:] for part in rotary)
         keys = _heads(attn.norm_k, seen["keys"], attn.head_dim)
         image = ImageAttention(
-            keys=cast(Tensor, apply_rotary_emb(keys, (cosine, sine))),
+            keys=cast(Tensor, cast(Any, apply_rotary_emb)(keys, (cosine, sine))),
             values=_heads(nn.Identity(), seen["values"], attn.head_dim),
             outputs=seen["outputs"],
         )
         seen.clear()
         return image
 
-    def _keep(self, what: str, tensor: Tensor) -> None:
-        self._seen[what] = tensor
+    def _keep_output(self, what: str) -> Callable[[nn.Module, Any, Tensor], None]:
+        def keep(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
+            self._seen[what] = output
+
+        return keep
+
+    def _keep_input(self, what: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def keep(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            self._seen[what] = inputs[0]
+
+        return keep
 
 
 def _heads(

@@ -3,14 +3,15 @@
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-from einops import rearrange, repeat
+from einops import rearrange
 from jaxtyping import Float, Float16, Float32
 from torch import Tensor
 
-from mmdiff_cache.backbones.base import Backbone
+from mmdiff_cache.backbones.base import Backbone, PromptEmbeddings
 from mmdiff_cache.backbones.flow_matching import add_noise, draw_batch
 from mmdiff_cache.config import NoiseConfig
 from mmdiff_cache.errors import ConfigError
@@ -20,7 +21,17 @@ from mmdiff_cache.records import STATISTICS, FeatureBatch, PreparedSample
 
 FLOAT16_MAX = 65504.0
 ENTROPY_BINS = 64
-BLOCK_SCORES = "block (B T) K (h w) -> B T block K h w"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Captured:
+    """One pass of the backbone over B samples, on its device."""
+
+    latents: Float32[Tensor, "B h w P"]
+    """Clean, before noising."""
+    hidden_states: Float[Tensor, "B T L h w C"]
+    """In the model's own dtype."""
+    concept_scores: Mapping[str, Float32[Tensor, "B T block K h w"]]
 
 
 class Extractor:
@@ -52,50 +63,62 @@ class Extractor:
         self._guidance = guidance
         self._concepts = {name: backbone.embed_concepts(words) for name, words in self.vocabularies.items()}
 
-    @torch.inference_mode()
     def __call__(self, samples: Sequence[PreparedSample]) -> FeatureBatch:
         """Features of samples of one size. Values that are not finite do not raise: see `failures`."""
-        clean = self.backbone.encode_image(torch.from_numpy(np.stack([sample.image for sample in samples])))
-        latents = self.backbone.pack(clean)
-        hidden_states, scores = self._run(samples, clean, latents.shape[1:3])
-        stored, audit = store_as_float16(hidden_states)
+        captured = self.capture(samples)
+        stored, audit = store_as_float16(captured.hidden_states)
         mapped = [_block_index(block) for block in self.backbone.info.concept_blocks]
+        scores = captured.concept_scores
+        maps = {name: concept_attention.concept_maps(value[:, :, mapped]) for name, value in scores.items()}
         return FeatureBatch(
             hidden_states=stored[:, None].cpu().numpy(),
             concept_scores={name: value[:, None].cpu().numpy() for name, value in scores.items()},
-            concept_maps={
-                name: concept_attention.concept_maps(value[:, :, mapped])[:, None].cpu().numpy()
-                for name, value in scores.items()
-            },
-            latents=latents.cpu().numpy(),
+            concept_maps={name: value[:, None].cpu().numpy() for name, value in maps.items()},
+            latents=captured.latents.cpu().numpy(),
             audit=audit[:, None].cpu().numpy(),
         )
 
-    def _run(
-        self, samples: Sequence[PreparedSample], clean: Float[Tensor, "B c H_f W_f"], grid: Sequence[int]
-    ) -> tuple[Float[Tensor, "B T L h w C"], dict[str, Float32[Tensor, "B T block K h w"]]]:
-        backbone, batch, height = self.backbone, len(samples), grid[0]
+    @torch.inference_mode()
+    def capture(self, samples: Sequence[PreparedSample]) -> Captured:
+        """What the blocks put out, before it is cast for the store."""
+        backbone, batch, steps = self.backbone, len(samples), len(self.timesteps)
+        clean = backbone.encode_image(torch.from_numpy(np.stack([sample.image for sample in samples])))
+        latents = backbone.pack(clean)
         times = torch.tensor(self.timesteps, device=clean.device)
-        noise = draw_batch(self._noise, [s.sample_id for s in samples], len(times), tuple(clean.shape[1:]))
+        noise = draw_batch(self._noise, [s.sample_id for s in samples], steps, clean.shape[1:])
         noised = add_noise(clean, noise.to(clean.device), times, self._noise.form).flatten(0, 1)
-        prompts = backbone.encode_prompts([sample.prompt for sample in samples]).repeat_each(len(times))
-        t = repeat(times, "T -> (B T)", B=batch)
-        lengths = {"text_tokens": prompts.tokens.shape[1], "image_tokens": math.prod(grid)}
+        prompts = backbone.encode_prompts([sample.prompt for sample in samples]).repeat_each(steps)
+        outputs, scores = self._run(noised, times.repeat(batch), prompts, math.prod(latents.shape[1:3]))
+        height = latents.shape[1]
+        return Captured(
+            latents=latents,
+            hidden_states=rearrange(outputs, "L (B T) (h w) C -> B T L h w C", B=batch, h=height),
+            concept_scores={
+                name: rearrange(blocks, "block (B T) K (h w) -> B T block K h w", B=batch, h=height)
+                for name, blocks in scores.items()
+            },
+        )
+
+    def _run(
+        self,
+        noised: Float[Tensor, "B c H_f W_f"],
+        t: Float[Tensor, " B"],
+        prompts: PromptEmbeddings,
+        image_tokens: int,
+    ) -> tuple[list[Float[Tensor, "B N C"]], dict[str, list[Float32[Tensor, "B K N"]]]]:
+        """One forward pass: the output of every tapped block, and the scores of every double block."""
+        blocks, text_tokens = self.backbone.blocks, prompts.tokens.shape[1]
         with ExitStack() as stack:
             streams: dict[str, concept_attention.ConceptStream] = {}
             if self._concepts:
-                modulation = backbone.concept_modulation(t, self._guidance)
-                reading = concept_attention.reading(backbone.blocks, self._concepts, modulation)
+                modulation = self.backbone.concept_modulation(t, self._guidance)
+                reading = concept_attention.reading(blocks, self._concepts, modulation)
                 streams = stack.enter_context(reading)
-            captured = stack.enter_context(capturing(backbone.blocks, self.layers, **lengths))
-            backbone.forward(noised, t, prompts, self._guidance)
-        outputs = [captured[layer] for layer in self.layers]
-        hidden_states = rearrange(outputs, "L (B T) (h w) C -> B T L h w C", B=batch, h=height)
-        scores = {
-            name: rearrange(list(stream.scores.values()), BLOCK_SCORES, B=batch, h=height)
-            for name, stream in streams.items()
-        }
-        return hidden_states, scores
+            taps = capturing(blocks, self.layers, text_tokens=text_tokens, image_tokens=image_tokens)
+            outputs = stack.enter_context(taps)
+            self.backbone.forward(noised, t, prompts, self._guidance)
+        scores = {name: list(stream.scores.values()) for name, stream in streams.items()}
+        return [outputs[layer] for layer in self.layers], scores
 
 
 def store_as_float16(

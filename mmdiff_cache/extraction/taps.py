@@ -1,6 +1,6 @@
 """Reading the outputs of single transformer blocks while the model runs."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -46,7 +46,7 @@ class _Tap(nn.Module):
 @contextmanager
 def observing(
     blocks: Mapping[str, BlockSlot], addresses: Iterable[str], observer: Observer
-) -> Iterator[None]:
+) -> Generator[None]:
     """Show every call of the named blocks to `observer`; the model is as it was when the context ends."""
     with ExitStack() as stack:
         for address in addresses:
@@ -59,7 +59,7 @@ def observing(
 @contextmanager
 def capturing(
     blocks: Mapping[str, BlockSlot], addresses: Iterable[str], *, text_tokens: int, image_tokens: int
-) -> Iterator[dict[str, Float[Tensor, "B N C"]]]:
+) -> Generator[dict[str, Float[Tensor, "B N C"]]]:
     """Collect copies of the image tokens that the named blocks put out, by address."""
     captured: dict[str, Tensor] = {}
 

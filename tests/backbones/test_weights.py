@@ -1,0 +1,154 @@
+"""Where weights are looked for, what is said when they are missing, and how they are told apart."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from huggingface_hub import constants
+
+from mmdiff_cache.backbones.registry import describe, load_backbone
+from mmdiff_cache.backbones.weights import hash_weights, locate, weight_files
+from mmdiff_cache.errors import BackboneError
+
+REVISION = "0" * 40
+
+
+def cache_as_flux_dev(folder: Path, hub_cache: Path) -> Path:
+    """Lay a pipeline out as the hub's client caches FLUX.1-dev: blobs named by hash, a snapshot of links."""
+    repository = hub_cache / "models--black-forest-labs--FLUX.1-dev"
+    snapshot = repository / "snapshots" / REVISION
+    (repository / "blobs").mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(REVISION)
+    for number, file in enumerate(sorted(file for file in folder.rglob("*") if file.is_file())):
+        blob = repository / "blobs" / f"{number:064x}"
+        shutil.copyfile(file, blob)
+        link = snapshot / file.relative_to(folder)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(os.path.relpath(blob, link.parent))
+    return snapshot
+
+
+def test_missing_weights_come_with_three_lines_and_without_torch(tmp_path: Path) -> None:
+    code = (
+        "import sys\n"
+        "from mmdiff_cache.backbones.registry import describe\n"
+        "from mmdiff_cache.backbones.weights import locate\n"
+        "from mmdiff_cache.errors import BackboneError\n"
+        "try:\n    locate(describe('flux-dev'), download=True)\n"
+        "except BackboneError as error:\n    print(error)\n"
+        "sys.exit('torch' in sys.modules)"
+    )
+    environment = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    first, *lines = done.stdout.splitlines()
+    assert first.startswith("the weights of flux-dev are not on this machine (not in the local cache")
+    assert [line.split()[0] for line in lines] == ["accept", "--backbone", "--backbone"]
+    assert "https://huggingface.co/black-forest-labs/FLUX.1-dev" in lines[0]
+    assert lines[0].endswith("hf auth login")
+    assert lines[2].split(maxsplit=2)[1:] == [
+        "flux-scenes",
+        "runs here now; trained on rendered scenes: for trying the pipeline, not for scores on photographs",
+    ]
+
+
+def test_an_unreachable_hub_is_the_same_error(tmp_path: Path) -> None:
+    code = (
+        "from mmdiff_cache.backbones.registry import describe\n"
+        "from mmdiff_cache.backbones.weights import locate\n"
+        "locate(describe('flux-dev'), download=True)"
+    )
+    unreachable = {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | unreachable, capture_output=True, text=True
+    )
+    assert "BackboneError: the weights of flux-dev are not on this machine" in done.stderr
+    assert "and the hub gave: " in done.stderr
+
+
+def test_the_local_cache_of_the_hub_is_found(
+    tmp_path: Path, tiny_flux_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshot = cache_as_flux_dev(tiny_flux_folder, tmp_path)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    assert locate(describe("flux-dev")) == snapshot
+    (snapshot / "text_encoder_2" / "model.safetensors").unlink()
+    with pytest.raises(BackboneError, match=r"text_encoder_2/model\.safetensors is not in the local cache"):
+        locate(describe("flux-dev"))
+
+
+def test_blobs_of_the_cache_are_not_read_to_be_hashed(tmp_path: Path, tiny_flux_folder: Path) -> None:
+    snapshot = cache_as_flux_dev(tiny_flux_folder, tmp_path)
+    before = hash_weights(snapshot)
+    (snapshot / "transformer" / "diffusion_pytorch_model.safetensors").resolve().write_bytes(b"")
+    assert hash_weights(snapshot) == before
+
+
+def test_an_incomplete_folder_is_refused_by_file(tmp_path: Path, tiny_flux_folder: Path) -> None:
+    folder = shutil.copytree(tiny_flux_folder, tmp_path / "copy")
+    (folder / "vae" / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(BackboneError, match=r"vae/diffusion_pytorch_model\.safetensors is missing"):
+        load_backbone(describe(str(folder)))
+
+
+def test_pickled_weights_are_never_loaded(tmp_path: Path, tiny_flux_folder: Path) -> None:
+    folder = shutil.copytree(tiny_flux_folder, tmp_path / "copy")
+    weights = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    weights.rename(weights.with_suffix(".bin"))
+    with pytest.raises(BackboneError, match=r"vae/diffusion_pytorch_model\.safetensors is missing"):
+        load_backbone(describe(str(folder)))
+
+
+def test_damaged_weights_are_a_backbone_error(tmp_path: Path, tiny_flux_folder: Path) -> None:
+    folder = shutil.copytree(tiny_flux_folder, tmp_path / "copy")
+    weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(BackboneError, match="cannot be loaded"):
+        load_backbone(describe(str(folder)))
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        "transformer/diffusion_pytorch_model.safetensors",
+        "vae/diffusion_pytorch_model.safetensors",
+        "text_encoder/model.safetensors",
+        "text_encoder_2/model.safetensors",
+        "vae/config.json",
+        "tokenizer_2/tokenizer.json",
+    ],
+)
+def test_the_hash_changes_with_every_file_that_decides_features(
+    file: str, tmp_path: Path, tiny_flux_folder: Path
+) -> None:
+    folder = shutil.copytree(tiny_flux_folder, tmp_path / "copy")
+    assert hash_weights(folder) == hash_weights(tiny_flux_folder)
+    content = (folder / file).read_bytes()
+    (folder / file).write_bytes(content[:-2] + bytes([content[-2] ^ 1]) + content[-1:])
+    assert hash_weights(folder) != hash_weights(tiny_flux_folder)
+
+
+def test_the_hash_ignores_what_is_not_loaded(tmp_path: Path, tiny_flux_folder: Path) -> None:
+    folder = shutil.copytree(tiny_flux_folder, tmp_path / "copy")
+    (folder / "README.md").write_text("a card")
+    (folder / "flux1-dev.safetensors").write_bytes(b"single-file copy")
+    (folder / "transformer" / "diffusion_pytorch_model.fp16.safetensors").write_bytes(b"variant")
+    assert hash_weights(folder) == hash_weights(tiny_flux_folder)
+
+
+def test_shards_are_listed_by_their_index(tmp_path: Path, tiny_flux_folder: Path) -> None:
+    folder = shutil.copytree(tiny_flux_folder, tmp_path / "copy")
+    index = folder / "transformer" / "diffusion_pytorch_model.safetensors.index.json"
+    index.write_text(
+        '{"weight_map": {"a": "part-2.safetensors", "b": "part-1.safetensors", "c": "part-1.safetensors"}}'
+    )
+    assert weight_files(folder)[:3] == [
+        "transformer/part-1.safetensors",
+        "transformer/part-2.safetensors",
+        "vae/diffusion_pytorch_model.safetensors",
+    ]
