@@ -157,7 +157,7 @@ class PartitionWriter:
         """Write one shard of an array into staging, durably, and note its size and hash."""
         if path not in self._staged:
             self._staged[path] = self._staged_array(path)
-        self._staged[path][where] = values
+        self._staged[path].set_basic_selection(where, values)
         name = f"{self.partition.split}.zarr/{chunk_key(self._specs[path], *position)}"
         file = self._staging / name
         fsync_file(file)

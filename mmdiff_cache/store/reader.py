@@ -163,7 +163,7 @@ class SplitReader:
             with self._reading("hidden_states", (sample, variant)) as array:
                 for step, to_step in _runs(steps):
                     for place, to_place in _runs(places):
-                        out[row, to_step, to_place] = array[sample, variant, step, place]
+                        out[row, to_step, to_place] = array.get_basic_selection((sample, variant, step, place))
         return out
 
     def concept_scores(
@@ -181,7 +181,7 @@ class SplitReader:
         for row, sample in enumerate(samples):
             with self._reading(path, self._partition_of(sample)) as array:
                 for step, to_step in _runs(steps):
-                    out[row, to_step] = array[sample, variant, step]
+                    out[row, to_step] = array.get_basic_selection((sample, variant, step))
         return out
 
     def concept_maps(self, vocabulary: str, samples: Sequence[int], variant: int = 0) -> NDArray[np.float32]:
@@ -289,7 +289,7 @@ class SplitReader:
         out = np.empty((len(samples), *inner), object if spec.dtype == "string" else spec.dtype)
         for run, target in _runs(samples, self._schema.partition_size):
             with self._reading(path, self._partition_of(run.start)) as array:
-                out[target] = array[run] if variant is None else array[run, variant]
+                out[target] = array.get_basic_selection(run if variant is None else (run, variant))
         return out
 
     @contextmanager
