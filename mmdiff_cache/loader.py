@@ -1,0 +1,301 @@
+"""The store as torch tensors: a data set for any model of one's own, and the loader that training uses.
+
+    data = CachedFeatureDataset("data/scenes/flux-scenes", split="train", layers=["single.4"])
+    data[0]["hidden_states"]                 # float16 [T L h w C]
+    for batch in make_loader(data, batch_size=8): ...
+
+Only the (timestep, layer) chunks that are asked for are read. Batches are prefetched by threads of this process:
+reading and decompressing release the interpreter's lock, and no second process needs a copy of anything.
+"""
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int64
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from .errors import ConfigError, StoreIncomplete
+from .store.reader import SplitReader, Store, open_store
+
+_logger = logging.getLogger(__name__)
+
+Source = Literal["hidden_states", "latents", "images"]
+Arrays = dict[str, NDArray[np.generic]]
+
+NO_CONCEPTS = "none"
+PREFETCH_THREADS = 2
+BATCHES_AHEAD = 4
+_LABEL = "label "  # prefix of a label's key, so that a label set may be called 'concepts'
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Batch:
+    """B samples as tensors on the CPU, ready for a model and its loss."""
+
+    hidden_states: Float[Tensor, "B T L h w C"]
+    """float16 features; with source `latents` the float32 latent, with `images` the picture in [-1, 1]; then T = 1."""
+    concepts: Float[Tensor, "B K h w"] | None
+    """Concept maps in [0, 1] that add up to 1 over the concepts."""
+    discriminative: tuple[Tensor, ...]
+    """One map a stored discriminative model [B D h w]."""
+    targets: Mapping[str, Tensor]
+    """Labels at network size [B H W] by name: int64 class ids, int64 masks, float32 metres."""
+    indices: Int64[Tensor, " B"]
+    """Positions of the samples in the split of the store."""
+    ids: tuple[str, ...]
+
+
+def concept_maps(scores: NDArray[np.float32], blocks: Sequence[int]) -> NDArray[np.float32]:
+    """Raw scores [B T block K h w] -> maps [B K h w]: softmax over the concepts, then the mean over blocks and timesteps.
+
+    `blocks` are positions on the block axis. Paper: Sec. 3.2, Eq. 4.
+    """
+    chosen = scores[:, :, list(blocks)]
+    powers = np.exp(chosen - chosen.max(axis=3, keepdims=True))
+    shares = powers / powers.sum(axis=3, keepdims=True)
+    return shares.mean(axis=(1, 2), dtype=np.float32)
+
+
+def sample_order(count: int, *, seed: int, epoch: int) -> NDArray[np.int64]:
+    """A permutation of 0..count-1 over the whole split, the same for the same (seed, epoch) everywhere."""
+    generator = np.random.Generator(np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64)))
+    return generator.permutation(count).astype(np.int64)
+
+
+def batches_per_epoch(count: int, batch_size: int, *, drop_last: bool) -> int:
+    """How many batches one pass over `count` samples has; at least one, so that a tiny split still trains."""
+    return max(1, count // batch_size if drop_last else -(-count // batch_size))
+
+
+def batch_positions(
+    step: int, count: int, batch_size: int, *, seed: int, shuffle: bool, drop_last: bool
+) -> NDArray[np.int64]:
+    """The data set's positions that make up batch number `step`, counted from 0 over all epochs."""
+    epoch, number = divmod(step, batches_per_epoch(count, batch_size, drop_last=drop_last))
+    order = sample_order(count, seed=seed, epoch=epoch) if shuffle else np.arange(count)
+    return order[number * batch_size : (number + 1) * batch_size]
+
+
+class SampleMemory:
+    """Decoded samples kept up to a limit in bytes; what no longer fits is read from the store again."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.held_bytes = 0
+        self._samples: dict[int, Arrays] = {}
+        self._lock = threading.Lock()
+
+    def get(self, sample: int) -> Arrays | None:
+        """The arrays of a sample, or None if it is not held."""
+        return self._samples.get(sample)
+
+    def put(self, sample: int, arrays: Arrays) -> None:
+        """Keep a sample if it still fits."""
+        size = sum(array.nbytes for array in arrays.values())
+        with self._lock:
+            if sample not in self._samples and self.held_bytes + size <= self.limit:
+                self._samples[sample] = {name: np.array(array) for name, array in arrays.items()}
+                self.held_bytes += size
+
+
+class CachedFeatureDataset(Dataset[dict[str, Tensor]]):
+    """The samples of one split of a store with the chosen layers and timesteps, in the order in which they are given.
+
+    `concepts` names a stored vocabulary; its maps are averaged over the chosen timesteps. `labels` names label sets.
+    `source="latents"` yields the clean VAE latent, `"images"` the picture, in place of the transformer's features: once
+    for every chosen layer, so that the same head can be trained on them. `indices` picks samples of the split, by
+    default all. Up to `memory` bytes of decoded samples are kept, so that a small split is read only once.
+
+    Raises ConfigError for anything that the store does not hold, StoreIncomplete for a sample that was never finished.
+    A sample that extraction marked as failed is left out, with a warning.
+    """
+
+    def __init__(
+        self,
+        store: Store | str | Path,
+        split: str = "train",
+        layers: Sequence[str] | None = None,
+        timesteps: Sequence[float] | None = None,
+        concepts: str | None = None,
+        labels: Sequence[str] = (),
+        source: Source = "hidden_states",
+        discriminative: Sequence[str] = (),
+        indices: Sequence[int] | None = None,
+        memory: int = 0,
+    ) -> None:
+        self.store = store if isinstance(store, Store) else open_store(store)
+        self.reader: SplitReader = self.store[split]
+        self.layers = tuple(layers or self.reader.layers)
+        self.timesteps = tuple(timesteps or self.reader.timesteps)
+        self.source: Source = source
+        self.concepts = None if concepts == NO_CONCEPTS else concepts
+        self.labels = tuple(labels)
+        self._check(discriminative)
+        self.indices = usable_samples(self.reader, range(len(self.reader)) if indices is None else indices)
+        self.memory = SampleMemory(memory)
+
+    def _check(self, discriminative: Sequence[str]) -> None:
+        """Raise ConfigError for the first name that the store does not hold."""
+        for layer in self.layers:
+            self.reader.layer_index(layer)
+        for timestep in self.timesteps:
+            self.reader.timestep_index(timestep)
+        for what, names, stored in (
+            ("concept vocabulary", [self.concepts] if self.concepts else [], self.reader.vocabularies),
+            ("label set", self.labels, self.reader.label_specs),
+            ("discriminative features", discriminative, ()),
+        ):
+            for name in names:
+                if name not in stored:
+                    raise ConfigError(
+                        f"{what} {name!r} is not in {self.reader.path}; stored: {', '.join(stored) or 'none'}"
+                    )
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, position: int) -> dict[str, Tensor]:
+        """One sample: `hidden_states` [T L h w C], `concepts` [K h w], each label [H W] by its name, `index`."""
+        batch = self.batch([position])
+        item = {"hidden_states": batch.hidden_states[0], "index": batch.indices[0]}
+        if batch.concepts is not None:
+            item["concepts"] = batch.concepts[0]
+        return {**item, **{name: target[0] for name, target in batch.targets.items()}}
+
+    def batch(self, positions: Sequence[int] | NDArray[np.int64]) -> Batch:
+        """The samples at these positions of the data set (0 .. len - 1), read together."""
+        samples = [self.indices[int(position)] for position in positions]
+        rows = self._rows(samples)
+        stacked = {name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in rows[0]}
+        features = stacked["features"]
+        if self.source != "hidden_states":
+            features = features[:, None, None].expand(-1, 1, len(self.layers), -1, -1, -1)
+        return Batch(
+            hidden_states=features,
+            concepts=stacked.get("concepts"),
+            discriminative=(),
+            targets={name: _target(stacked[_LABEL + name]) for name in self.labels},
+            indices=torch.tensor(samples, dtype=torch.int64),
+            ids=tuple(self.reader.ids[sample] for sample in samples),
+        )
+
+    def _rows(self, samples: Sequence[int]) -> list[Arrays]:
+        """The arrays of each sample, from memory or in one read from the store."""
+        missing = [sample for sample in dict.fromkeys(samples) if self.memory.get(sample) is None]
+        rows: dict[int, Arrays] = {}
+        if missing:
+            arrays = self._read(missing)
+            rows = {sample: {k: v[n] for k, v in arrays.items()} for n, sample in enumerate(missing)}
+            for sample, row in rows.items():
+                self.memory.put(sample, row)
+        return [self.memory.get(sample) or rows[sample] for sample in samples]
+
+    def _read(self, samples: Sequence[int]) -> Arrays:
+        arrays: Arrays = {"features": _FEATURES[self.source](self, samples)}
+        if self.concepts is not None:
+            scores = self.reader.concept_scores(self.concepts, samples, self.timesteps)
+            arrays["concepts"] = concept_maps(scores, map_blocks(self.store, self.concepts))
+        for name in self.labels:
+            arrays[_LABEL + name] = self.reader.labels(name, samples)
+        return arrays
+
+
+def _hidden_states(dataset: CachedFeatureDataset, samples: Sequence[int]) -> NDArray[np.generic]:
+    return dataset.reader.hidden_states(samples, dataset.timesteps, dataset.layers)
+
+
+def _latents(dataset: CachedFeatureDataset, samples: Sequence[int]) -> NDArray[np.generic]:
+    return dataset.reader.latents(samples)
+
+
+def _images(dataset: CachedFeatureDataset, samples: Sequence[int]) -> NDArray[np.generic]:
+    return dataset.reader.images(samples).astype(np.float32) / np.float32(127.5) - np.float32(1)
+
+
+_FEATURES: Mapping[Source, Callable[[CachedFeatureDataset, Sequence[int]], NDArray[np.generic]]] = {
+    "hidden_states": _hidden_states,
+    "latents": _latents,
+    "images": _images,
+}
+
+
+def _target(label: Tensor) -> Tensor:
+    """Ids as int64, which losses index with; metres stay float32."""
+    return label if label.is_floating_point() else label.long()
+
+
+def map_blocks(store: Store, vocabulary: str) -> list[int]:
+    """Positions, on the block axis, of the double blocks that the stored maps average."""
+    stored = next(v for v in store.manifest.schema.vocabularies if v.name == vocabulary)
+    return [stored.blocks.index(block) for block in stored.map_blocks or stored.blocks]
+
+
+def usable_samples(reader: SplitReader, samples: Sequence[int]) -> tuple[int, ...]:
+    """Those of the samples that can be read; the failed ones are left out, with a warning.
+
+    Raises StoreIncomplete if one was never finished or its record is damaged, or if none is left.
+    """
+    missing = [sample for sample in samples if reader.state(sample) in ("pending", "damaged")]
+    if missing:
+        raise StoreIncomplete(
+            f"{len(missing)} of {len(samples)} samples of {reader.path} were never finished, first "
+            f"{reader.ids[missing[0]]!r}; run the extraction again, it goes on, or take fewer samples (--limit)"
+        )
+    failed = [sample for sample in samples if reader.state(sample) == "failed"]
+    if failed:
+        names = ", ".join(reader.ids[sample] for sample in failed[:3]) + (", ..." if len(failed) > 3 else "")
+        _logger.warning("%s: %d failed sample(s) left out: %s", reader.path, len(failed), names)
+    usable = tuple(int(sample) for sample in samples if reader.state(sample) == "done")
+    if not usable:
+        raise StoreIncomplete(f"{reader.path} has no sample to read among the {len(samples)} asked for")
+    return usable
+
+
+def make_loader(
+    dataset: CachedFeatureDataset,
+    batch_size: int,
+    *,
+    seed: int = 0,
+    shuffle: bool = True,
+    drop_last: bool = False,
+    start: int = 0,
+    steps: int | None = None,
+    threads: int = PREFETCH_THREADS,
+    ahead: int = BATCHES_AHEAD,
+) -> Iterator[Batch]:
+    """Batches number `start` to `start + steps`, counted over all epochs; by default the rest of the epoch of `start`.
+
+    Each epoch is a true shuffle of the whole split, given by (seed, epoch) alone, so that a training that goes on at
+    step n sees what it would have seen. At most `ahead` batches wait in memory while `threads` threads read on.
+    """
+    per_epoch = batches_per_epoch(len(dataset), batch_size, drop_last=drop_last)
+    stop = start + (per_epoch - start % per_epoch if steps is None else steps)
+
+    def load(step: int) -> Batch:
+        positions = batch_positions(
+            step, len(dataset), batch_size, seed=seed, shuffle=shuffle, drop_last=drop_last
+        )
+        return dataset.batch(positions)
+
+    waiting: deque[Future[Batch]] = deque()
+    with ThreadPoolExecutor(threads, thread_name_prefix="mmdiff-loader") as pool:
+        try:
+            for step in range(start, stop):
+                waiting.append(pool.submit(load, step))
+                if len(waiting) > ahead:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()

@@ -1,0 +1,189 @@
+"""What can be read out of the features: one entry a task with its labels, decoder, loss, metric and defaults.
+
+A new task is one more entry in TASKS (and a store whose labels it names).
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor
+
+from . import losses
+from .config import DecoderName
+from .errors import ConfigError
+from .metrics import DepthMetric, Metric, SaliencyMetric, SegmentationMetric
+from .records import LabelKind, LabelSpec
+from .scenes import SHAPES, TEXTURES
+
+EPOCHS = 20
+"""Passes over the training samples when no number of steps is given (Paper: Sec. 4.1)."""
+BATCH_SIZE = 8
+NOTHING_IGNORED = -1
+"""An id that no label has, for label sets without one to ignore."""
+
+SUBSETS: Mapping[tuple[str, str], tuple[str, tuple[str, ...]]] = {
+    ("scenes", "segmentation"): ("shapes", SHAPES),
+    ("scenes", "material"): ("materials", TEXTURES),
+}
+"""By (data set, label set): the classes whose mean IoU is the headline, where easy ones would blur it (sky, ground)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Task:
+    """One dense prediction task."""
+
+    name: str
+    summary: str
+    label: str
+    """Name of the label set in a store."""
+    kind: LabelKind
+    vocabulary: str
+    """Concept vocabulary that guides it by default."""
+    decoder: DecoderName
+    loss: Callable[[Tensor, Tensor, LabelSpec], Tensor]
+    """Of outputs [B out H W] and targets [B H W]."""
+    predict: Callable[[Tensor], NDArray[Any]]
+    """One picture's outputs [out H W] to what the metric scores: class ids, probabilities or metres [H W]."""
+    metric: Callable[[LabelSpec, str], Metric]
+    """A fresh accumulator for a label set of a data set."""
+    headline: str
+    """The score by which checkpoints are chosen and tables are led."""
+    higher_is_better: bool
+    output: Literal["logits", "depth"] = "logits"
+    epochs: int = EPOCHS
+    batch_size: int = BATCH_SIZE
+
+
+def find_task(name: str) -> Task:
+    """The entry of a task. Raises ConfigError naming those there are."""
+    if name not in TASKS:
+        raise ConfigError(f"task {name!r} is not known; there are {', '.join(TASKS)}")
+    return TASKS[name]
+
+
+def out_channels(spec: LabelSpec) -> int:
+    """Channels of the last convolution: one a class, or one for a mask or a depth."""
+    return len(spec.classes) if spec.kind == "classes" else 1
+
+
+def headline(task: Task, dataset: str) -> str:
+    """The headline score's key on this data set."""
+    subset = SUBSETS.get((dataset, task.label))
+    return f"{task.headline}_{subset[0]}" if subset else task.headline
+
+
+def better(task: Task, score: float, than: float | None) -> bool:
+    """Whether a headline score beats another; anything beats none."""
+    return than is None or (score > than if task.higher_is_better else score < than)
+
+
+def _ignore(spec: LabelSpec) -> int:
+    return NOTHING_IGNORED if spec.ignore is None else spec.ignore
+
+
+def _valid_range(spec: LabelSpec) -> tuple[float, float]:
+    if spec.valid_range is None:
+        raise ConfigError(f"label set {spec.name!r} has no valid range of depths; its data set must state one in metres")
+    low, high = spec.valid_range
+    return float(low), float(high)
+
+
+def _class_loss(outputs: Float[Tensor, "B out H W"], target: Tensor, spec: LabelSpec) -> Tensor:
+    return losses.cross_entropy(outputs, target, ignore=_ignore(spec))
+
+
+def _class_map(outputs: Float[Tensor, "out H W"]) -> NDArray[np.int64]:
+    return outputs.argmax(dim=0).numpy()
+
+
+def _class_metric(spec: LabelSpec, dataset: str) -> Metric:
+    subset = SUBSETS.get((dataset, spec.name))
+    return SegmentationMetric(spec.classes, ignore=spec.ignore, subsets=dict([subset]) if subset else None)
+
+
+def _mask_loss(outputs: Float[Tensor, "B 1 H W"], target: Tensor, spec: LabelSpec) -> Tensor:
+    return losses.bce_soft_iou(outputs, target, ignore=_ignore(spec))
+
+
+def _probability(outputs: Float[Tensor, "1 H W"]) -> NDArray[np.float32]:
+    return outputs[0].sigmoid().numpy()
+
+
+def _mask_metric(spec: LabelSpec, dataset: str) -> Metric:
+    return SaliencyMetric(ignore=spec.ignore)
+
+
+def _depth_loss(outputs: Float[Tensor, "B 1 H W"], target: Tensor, spec: LabelSpec) -> Tensor:
+    return losses.scale_invariant_log(outputs, target, _valid_range(spec))
+
+
+def _metres(outputs: Float[Tensor, "1 H W"]) -> NDArray[np.float32]:
+    return outputs[0].numpy()
+
+
+def _depth_metric(spec: LabelSpec, dataset: str) -> Metric:
+    return DepthMetric(_valid_range(spec))
+
+
+TASKS: Mapping[str, Task] = {
+    task.name: task
+    for task in (
+        Task(
+            name="segmentation",
+            summary="which class each pixel belongs to",
+            label="segmentation",
+            kind="classes",
+            vocabulary="segmentation",
+            decoder="deeplabv3plus",
+            loss=_class_loss,
+            predict=_class_map,
+            metric=_class_metric,
+            headline="miou",
+            higher_is_better=True,
+        ),
+        Task(
+            name="material",
+            summary="which texture the object at each pixel has",
+            label="material",
+            kind="classes",
+            vocabulary="segmentation",
+            decoder="deeplabv3plus",
+            loss=_class_loss,
+            predict=_class_map,
+            metric=_class_metric,
+            headline="miou",
+            higher_is_better=True,
+        ),
+        Task(
+            name="saliency",
+            summary="the object that stands out",
+            label="saliency",
+            kind="mask",
+            vocabulary="saliency",
+            decoder="dpt",
+            loss=_mask_loss,
+            predict=_probability,
+            metric=_mask_metric,
+            headline="s_measure",
+            higher_is_better=True,
+        ),
+        Task(
+            name="depth",
+            summary="metres to the surface at each pixel",
+            label="depth",
+            kind="depth",
+            vocabulary="depth",
+            decoder="dpt",
+            loss=_depth_loss,
+            predict=_metres,
+            metric=_depth_metric,
+            headline="abs_rel",
+            higher_is_better=False,
+            output="depth",
+        ),
+    )
+}

@@ -1,0 +1,1 @@
+"""Stage two: training heads from a store alone, and scoring them."""

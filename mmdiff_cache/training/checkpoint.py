@@ -1,0 +1,166 @@
+"""Checkpoints: one safetensors file each, tensors and a JSON header, never a pickle.
+
+`last.safetensors` holds all that a training needs to go on exactly: raw and averaged weights, the optimiser, the random
+states. `best.safetensors` holds only the averaged weights that scored best on the held-out samples. The header carries
+the step, the resolved configuration, the model's spec and the identity of the store.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..errors import CheckpointError, StorageError
+
+FORMAT_VERSION = 1
+LAST, BEST = "last.safetensors", "best.safetensors"
+
+RAW, EMA, OPTIMISER, RNG = "raw", "ema", "optimiser", "rng"
+"""First part of a tensor's name: which group it belongs to."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Header:
+    """What a checkpoint says about itself."""
+
+    step: int
+    config: Mapping[str, Any]
+    """The resolved TrainConfig as JSON."""
+    spec: Mapping[str, Any]
+    """The model's spec as JSON."""
+    store: Mapping[str, Any]
+    """Identity of the store that it was trained on: `fingerprint`, `data_set`, `backbone`."""
+    best: float | None = None
+    """Best headline score on the held-out samples up to this step."""
+
+
+Groups = Mapping[str, Mapping[str, Tensor]]
+
+
+def save(path: Path, header: Header, groups: Groups) -> None:
+    """Write a checkpoint so that a crash at any moment leaves either the old file or the new one.
+
+    Raises StorageError when the file system refuses.
+    """
+    tensors = {
+        f"{group}/{name}": tensor.detach().to("cpu").contiguous().clone()
+        for group, members in groups.items()
+        for name, tensor in members.items()
+    }
+    values = {"format_version": FORMAT_VERSION, **{name: getattr(header, name) for name in Header.__slots__}}
+    metadata = {"mmdiff_cache": json.dumps(values, sort_keys=True)}
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        save_file(tensors, partial, metadata)
+        sync(partial)
+        os.replace(partial, path)
+        sync(path.parent)
+    except (OSError, SafetensorError) as error:
+        raise StorageError(f"cannot write checkpoint {path}: {error}; the last complete one is unchanged") from error
+
+
+def sync(path: Path) -> None:
+    """Wait until a file or folder has reached the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Write a JSON document atomically, for people to read. Raises StorageError when the file system refuses."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_text(json.dumps(values, indent=2, sort_keys=False) + "\n", encoding="utf-8")
+        sync(partial)
+        os.replace(partial, path)
+    except OSError as error:
+        raise StorageError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def read_header(path: Path) -> Header:
+    """The header alone, without reading a tensor. Raises CheckpointError for a missing, damaged or newer file."""
+    with _open(path) as file:
+        text = (file.metadata() or {}).get("mmdiff_cache")
+    if text is None:
+        raise CheckpointError(f"{path} has no mmdiff_cache header: it is not a checkpoint of this package")
+    values = json.loads(text)
+    version = values.pop("format_version")
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} has checkpoint version {version}, this mmdiff-cache reads version {FORMAT_VERSION}; "
+            "use the release that wrote it"
+        )
+    return Header(**values)
+
+
+def read_group(path: Path, group: str) -> dict[str, Tensor]:
+    """All tensors of one group, by their names within it. Raises CheckpointError if there is none."""
+    with _open(path) as file:
+        names = [name for name in file.keys() if name.startswith(f"{group}/")]  # noqa: SIM118 - not a dict
+        tensors = {name.removeprefix(f"{group}/"): file.get_tensor(name) for name in names}
+    if not tensors:
+        raise CheckpointError(f"{path} holds no {group!r} weights")
+    return tensors
+
+
+def _open(path: Path) -> safe_open:
+    try:
+        return safe_open(path, framework="pt")
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} does not exist: the training has not reached its first checkpoint") from None
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}; it was cut or overwritten") from error
+
+
+def load_weights(model: torch.nn.Module, path: Path, group: str) -> None:
+    """Fill a model from one group of a checkpoint. Raises CheckpointError naming the first tensor that does not fit."""
+    tensors, wanted = read_group(path, group), model.state_dict()
+    for name in sorted(tensors.keys() ^ wanted.keys()):
+        where = "the checkpoint" if name in wanted else "the model"
+        raise CheckpointError(f"{path}: {where} has no tensor {name!r}; it was trained with another configuration")
+    for name, tensor in tensors.items():
+        if tensor.shape != wanted[name].shape:
+            raise CheckpointError(
+                f"{path}: tensor {name!r} has shape {tuple(tensor.shape)}, the model needs {tuple(wanted[name].shape)}"
+            )
+    model.load_state_dict(tensors)
+
+
+def pack_optimiser(optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimiser's running averages and step counts as flat tensors named `<parameter>/<what>`."""
+    state = optimiser.state_dict()["state"]
+    return {
+        f"{index}/{key}": torch.as_tensor(value) for index, members in state.items() for key, value in members.items()
+    }
+
+
+def unpack_optimiser(optimiser: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Put back what `pack_optimiser` took; rates and decay come from the configuration."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        index, key = name.split("/")
+        state.setdefault(int(index), {})[key] = tensor
+    optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
+
+
+def pack_random_state() -> dict[str, Tensor]:
+    """The states of torch's generators: the CPU's, and each CUDA device's where there are any."""
+    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"cpu": torch.get_rng_state(), **{f"cuda{n}": state for n, state in enumerate(devices)}}
+
+
+def unpack_random_state(tensors: Mapping[str, Tensor]) -> None:
+    """Put back what `pack_random_state` took; a machine with other devices keeps its own for those."""
+    torch.set_rng_state(tensors["cpu"])
+    for number in range(torch.cuda.device_count()):
+        if f"cuda{number}" in tensors:
+            torch.cuda.set_rng_state(tensors[f"cuda{number}"], number)

@@ -1,0 +1,124 @@
+"""From a batch to predictions, and from predictions to scores. Evaluation and prediction both go through here."""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..loader import Batch, CachedFeatureDataset, make_loader
+from ..records import Progress
+from ..tasks import Task
+from .build import Model
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
+    """Mixed precision where the configuration asks for it; losses and metrics compute in float32 anyway."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
+
+
+def forward_batch(
+    model: Model, batch: Batch, size: tuple[int, int] | None = None, precision: str = "float32"
+) -> Float[Tensor, "B out H W"]:
+    """A model's outputs for a batch, on the model's device, at `size` = (H, W); by default the network's input size."""
+    device = next(model.parameters()).device
+    with autocast(device, precision):
+        return model(
+            batch.hidden_states.to(device, non_blocking=True),
+            None if batch.concepts is None else batch.concepts.to(device, non_blocking=True),
+            tuple(features.to(device, non_blocking=True) for features in batch.discriminative),
+            size,
+        ).float()
+
+
+@torch.inference_mode()
+def predict_batch(
+    model: Model, task: Task, batch: Batch, sizes: Sequence[tuple[int, int]], precision: str = "float32"
+) -> list[NDArray[Any]]:
+    """Class ids, probabilities or metres for each sample, [H W] at its own size = (H, W).
+
+    Outputs are resized to that size first and turned into predictions there.
+    """
+    predictions: dict[int, NDArray[Any]] = {}
+    for size in dict.fromkeys(sizes):
+        rows = [row for row, wanted in enumerate(sizes) if wanted == size]
+        outputs = forward_batch(model, select(batch, rows), size, precision).cpu()
+        predictions.update({row: task.predict(output) for row, output in zip(rows, outputs, strict=True)})
+    return [predictions[row] for row in range(len(sizes))]
+
+
+def select(batch: Batch, rows: Sequence[int]) -> Batch:
+    """Some samples of a batch; the batch itself where all are chosen."""
+    if len(rows) == len(batch.ids):
+        return batch
+    at = list(rows)
+    return Batch(
+        hidden_states=batch.hidden_states[at],
+        concepts=None if batch.concepts is None else batch.concepts[at],
+        discriminative=tuple(features[at] for features in batch.discriminative),
+        targets={name: target[at] for name, target in batch.targets.items()},
+        indices=batch.indices[at],
+        ids=tuple(batch.ids[row] for row in rows),
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scores:
+    """What a set of predictions is worth."""
+
+    overall: Mapping[str, Any]
+    """The metric's scores over all samples, as JSON."""
+    samples: Mapping[str, Mapping[str, float]]
+    """Each sample's own scores, by sample id; empty where a label has nothing to score."""
+
+
+Predictor = Callable[[Batch, Sequence[tuple[int, int]]], Sequence[NDArray[Any]]]
+"""Anything that answers a batch with one prediction a sample, at the sizes asked for."""
+
+
+def model_predictor(model: Model, task: Task, precision: str) -> Predictor:
+    """A trained model as a predictor."""
+
+    def predict(batch: Batch, sizes: Sequence[tuple[int, int]]) -> list[NDArray[Any]]:
+        return predict_batch(model, task, batch, sizes, precision)
+
+    return predict
+
+
+def score(
+    predictors: Mapping[str, Predictor],
+    dataset: CachedFeatureDataset,
+    task: Task,
+    *,
+    data_set: str,
+    original: bool,
+    batch_size: int,
+    progress: Progress | None = None,
+) -> dict[str, Scores]:
+    """Score several predictors in one pass over a data set that yields the task's labels.
+
+    `original` scores at the labels' original sizes, else at the network's input size. Batches are streamed.
+    """
+    label = dataset.reader.label_specs[task.label]
+    metrics = {name: task.metric(label, data_set) for name in predictors}
+    own: dict[str, dict[str, Mapping[str, float]]] = {name: {} for name in predictors}
+    done = 0
+    for batch in make_loader(dataset, batch_size, shuffle=False):
+        truths = _truths(dataset, task.label, batch, original)
+        sizes = [(truth.shape[0], truth.shape[1]) for truth in truths]
+        for name, predictor in predictors.items():
+            for sample_id, guess, truth in zip(batch.ids, predictor(batch, sizes), truths, strict=True):
+                own[name][sample_id] = metrics[name].update(guess, truth)
+        done += len(batch.ids)
+        if progress is not None:
+            progress(done, len(dataset), "evaluating")
+    return {name: Scores(overall=metrics[name].scores(), samples=own[name]) for name in predictors}
+
+
+def _truths(dataset: CachedFeatureDataset, label: str, batch: Batch, original: bool) -> list[NDArray[Any]]:
+    if original:
+        return [dataset.reader.original_label(label, int(index)) for index in batch.indices]
+    return list(batch.targets[label].numpy())

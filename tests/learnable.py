@@ -1,0 +1,168 @@
+"""A store whose labels can be read off its features: what a working training must learn from it.
+
+Each token has one of four classes, shown in its hidden states as the largest of four channels under noise, at every
+layer and timestep. Depth, material and salience follow from the class. Original labels are larger than the network input
+and of another size for every sample.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from mmdiff_cache.records import STATISTICS, FeatureBatch, LabelSpec, PreparedSample
+from mmdiff_cache.store.schema import LabelArray, StoreSchema, Vocabulary
+from mmdiff_cache.store.manifest import Manifest
+from mmdiff_cache.store.writer import open_writer
+
+GRID, PATCH, CHANNELS, LATENT = 4, 8, 32, 4
+LAYERS, TIMESTEPS = ("single.1", "single.3", "single.5"), (0.78, 0.26, 0.001)
+CLASSES = ("sky", "ground", "ball", "box")
+METRES = np.array([20.0, 4.0, 2.0, 8.0], np.float32)
+SALIENT = 2
+IGNORE = 255
+LABELS = (
+    LabelSpec(name="segmentation", kind="classes", classes=CLASSES, ignore=IGNORE),
+    LabelSpec(name="material", kind="classes", classes=CLASSES, ignore=IGNORE),
+    LabelSpec(name="saliency", kind="mask", ignore=IGNORE),
+    LabelSpec(name="depth", kind="depth", valid_range=(0.1, 40.0)),
+)
+BLOCKS = ("double.0", "double.1", "double.2")
+MAP_BLOCKS = ("double.0", "double.2")
+VOCABULARIES = {
+    "segmentation": ("object", "background", "edges"),
+    "saliency": ("salient", "contour"),
+    "depth": ("near", "far"),
+}
+
+
+def make_schema(**changes: object) -> StoreSchema:
+    values: dict[str, object] = {
+        "layers": LAYERS,
+        "timesteps": TIMESTEPS,
+        "grid": (GRID, GRID),
+        "channels": CHANNELS,
+        "latent_channels": LATENT,
+        "image_size": (GRID * PATCH, GRID * PATCH),
+        "vocabularies": tuple(
+            Vocabulary(name=name, concepts=words, blocks=BLOCKS, map_blocks=MAP_BLOCKS)
+            for name, words in VOCABULARIES.items()
+        ),
+        "labels": tuple(LabelArray(spec=spec, canvas=(64, 64)) for spec in LABELS),
+        "partition_size": 4,
+    }
+    return StoreSchema(**{**values, **changes})  # type: ignore[arg-type]
+
+
+def make_manifest(schema: StoreSchema, splits: dict[str, int], dataset: str, prompts: str) -> Manifest:
+    return Manifest(
+        identity={"weights_sha256": "0" * 64, "dtype": "float32", "noise": {"form": "flow", "seed": 0, "shared": True}},
+        schema=schema,
+        splits={
+            split: tuple(f"{dataset}-{split}-{n:06d}" for n in range(count)) for split, count in splits.items()
+        },
+        provenance={"backbone": "flux-tiny"},
+        config={"dataset": dataset, "prompts": prompts},
+    )
+
+
+def class_grid(sample_id: str) -> np.ndarray:
+    return np.random.default_rng(_seed("classes", sample_id)).integers(0, len(CLASSES), (GRID, GRID))
+
+
+def _seed(*words: str) -> list[int]:
+    return list("/".join(words).encode())
+
+
+def _stretch(grid: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    rows, columns = (np.arange(side) * GRID // side for side in shape)
+    return grid[rows[:, None], columns[None, :]]
+
+
+def make_labels(grid: np.ndarray, shape: tuple[int, int]) -> dict[str, np.ndarray]:
+    classes = _stretch(grid, shape).astype(np.uint8)
+    void = np.zeros(shape, bool)
+    void[0] = True
+    return {
+        "segmentation": np.where(void, IGNORE, classes).astype(np.uint8),
+        "material": np.where(void, IGNORE, 3 - classes).astype(np.uint8),
+        "saliency": np.where(void, IGNORE, classes == SALIENT).astype(np.uint8),
+        "depth": np.where(void, 0, METRES[classes]).astype(np.float32),
+    }
+
+
+def make_sample(sample_id: str) -> PreparedSample:
+    random = np.random.default_rng(_seed("sample", sample_id))
+    grid, side = class_grid(sample_id), GRID * PATCH
+    picture = np.repeat(_stretch(grid, (side, side))[..., None] * 60, 3, axis=2)
+    original = tuple(int(n) for n in random.integers(40, 65, 2))
+    return PreparedSample(
+        sample_id=sample_id,
+        image=(picture + random.integers(0, 40, picture.shape)).astype(np.uint8),
+        prompt="",
+        labels=make_labels(grid, (side, side)),
+        original_labels=make_labels(grid, original),
+        content_hash="0" * 64,
+    )
+
+
+def make_features(schema: StoreSchema, ids: list[str], noise: float = 1.0) -> FeatureBatch:
+    steps, layers, (rows, columns) = len(schema.timesteps), len(schema.layers), schema.grid
+    shape = (1, steps, layers, rows, columns, schema.channels)
+    hidden, latents, scores = [], [], {v.name: [] for v in schema.vocabularies}
+    for sample_id in ids:
+        random = np.random.default_rng(_seed("features", sample_id))
+        shown = np.zeros((rows, columns, schema.channels), np.float32)
+        if schema.grid == (GRID, GRID):
+            shown[..., : len(CLASSES)] = np.eye(len(CLASSES))[class_grid(sample_id)] * 6
+        hidden.append((shown + noise * random.standard_normal(shape)).astype(np.float16))
+        latents.append(random.standard_normal((rows, columns, schema.latent_channels)).astype(np.float32))
+        for v in schema.vocabularies:
+            size = (1, steps, len(v.blocks), len(v.concepts), rows, columns)
+            scores[v.name].append((3 * random.standard_normal(size)).astype(np.float32))
+    stacked = {name: np.stack(rows_) for name, rows_ in scores.items()}
+    return FeatureBatch(
+        hidden_states=np.stack(hidden),
+        concept_scores=stacked,
+        concept_maps={v.name: expected_maps(stacked[v.name], v) for v in schema.vocabularies},
+        latents=np.stack(latents),
+        audit=np.zeros((len(ids), 1, steps, layers, len(STATISTICS)), np.float32),
+    )
+
+
+def expected_maps(scores: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
+    """Scores [B V T block K h w] to maps [B V K h w], by torch: what the extraction stores."""
+    places = [vocabulary.blocks.index(block) for block in vocabulary.map_blocks]
+    shares = torch.from_numpy(scores)[:, :, :, places].softmax(dim=4)
+    return shares.mean(dim=(2, 3)).numpy()
+
+
+def write_store(
+    path: Path,
+    *,
+    train: int = 24,
+    test: int = 6,
+    dataset: str = "blocks",
+    prompts: str = "empty",
+    schema: StoreSchema | None = None,
+    failing: tuple[str, ...] = (),
+    stop_after: int | None = None,
+    damage: tuple[str, float] | None = None,
+) -> Path:
+    """Write a store through the real writer. `damage` sets one sample's features to a value."""
+    schema = schema or make_schema()
+    manifest = make_manifest(schema, {"train": train, "test": test}, dataset, prompts)
+    with open_writer(path, manifest) as writer:
+        pending = [partition for split in manifest.splits for partition in writer.pending(split)]
+        for partition in pending[:stop_after]:
+            with writer.begin(partition) as out:
+                for offset, sample_id in enumerate(out.ids):
+                    if sample_id in failing:
+                        out.fail(offset, sample_id, "cannot be read")
+                        continue
+                    features = make_features(schema, [sample_id])
+                    if damage is not None and damage[0] == sample_id:
+                        features.hidden_states[:] = damage[1]
+                    out.write(offset, [make_sample(sample_id)], features)
+                out.commit()
+    return path
