@@ -1,6 +1,7 @@
 """What the commands print with: two consoles, a progress bar with an ETA, and the closing line to paste."""
 
 import shlex
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -16,7 +17,10 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-out = Console(highlight=False)
+PIPE_WIDTH = 160
+"""Columns of a table that goes into a file or a pipe."""
+
+out = Console(highlight=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)
 err = Console(stderr=True, highlight=False)
 
 Advance = Callable[[int, int, str], None]

@@ -1,0 +1,195 @@
+"""Tables of `inspect`, and the same as JSON."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.markup import escape
+from rich.table import Table
+
+from mmdiff_cache.cli.console import next_command, out, say
+from mmdiff_cache.config import data_folder
+from mmdiff_cache.store.reader import open_store
+from mmdiff_cache.store.summary import (
+    ArraySummary,
+    LabelStatistics,
+    MapStatistics,
+    SplitStates,
+    StoreEntry,
+    StoreSummary,
+    find_stores,
+    summarize,
+)
+
+UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
+
+
+def show_stores(*, as_json: bool) -> None:
+    """Every store under the data folder."""
+    folder = data_folder()
+    entries = find_stores(folder)
+    if as_json:
+        return print_json([dataclasses.asdict(entry) for entry in entries])
+    if not entries:
+        say(f"no stores under {folder.absolute()}")
+        return next_command("mmdiff-cache", "extract", "--dataset", "scenes")
+    table = _table("store", "data set", "backbone", "splits", "layers x t", "samples", "on disk", "raw/disk", "age")
+    for entry in entries:
+        table.add_row(*map(escape, _cells(entry)))
+    out.print(table)
+    usable = next((entry for entry in entries if entry.fault is None), None)
+    if usable is not None:
+        next_command("mmdiff-cache", "inspect", usable.path)
+    return None
+
+
+def show_store(path: Path, *, as_json: bool) -> None:
+    """One store in full. Raises StoreError where there is none."""
+    store = open_store(path)
+    summary = summarize(store)
+    if as_json:
+        return print_json(summary.to_json())
+    say(str(store))
+    _print("identity", _facts({**summary.identity, **summary.provenance}))
+    _print("samples", _samples(summary))
+    _print("arrays", _arrays(summary.arrays))
+    if summary.maps:
+        _print("features, before the cast to float16", _maps(summary.maps))
+    if summary.labels:
+        _print("labels", _labels(summary.labels))
+    if summary.labels and any(states.done for states in summary.splits.values()):
+        next_command("mmdiff-cache", "train", "--task", "depth", "--store", str(path))
+    return None
+
+
+def print_json(value: Any) -> None:
+    """Strict JSON; what is no finite number becomes null."""
+    say(json.dumps(_finite(value), indent=2, allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def show_bytes(count: float) -> str:
+    """Bytes in decimal units."""
+    power = min(int(math.log10(count) // 3), len(UNITS) - 1) if count >= 1 else 0
+    return f"{count / 1000**power:.3g} {UNITS[power]}"
+
+
+def show_age(seconds: float) -> str:
+    """Time since, in the largest fitting unit."""
+    for unit, size in (("d", 86400.0), ("h", 3600.0), ("min", 60.0)):
+        if seconds >= size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{max(seconds, 0.0):.0f} s"
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
+
+
+def _print(title: str, table: Table) -> None:
+    out.print(f"\n[bold]{escape(title)}[/]")
+    out.print(table)
+
+
+def _cells(entry: StoreEntry) -> list[str]:
+    if entry.fault is not None:
+        return [entry.path, "cannot be opened:", entry.fault, "", "", "", "", "", show_age(entry.age_seconds)]
+    failed = f", {entry.failed} failed" if entry.failed else ""
+    return [
+        entry.path,
+        entry.dataset,
+        entry.backbone,
+        " ".join(entry.splits),
+        f"{entry.layers} x {entry.timesteps}",
+        f"{entry.done:,} of {entry.planned:,}{failed}",
+        show_bytes(entry.disk_bytes),
+        f"{entry.raw_bytes / entry.disk_bytes:.2f}" if entry.disk_bytes else "",
+        show_age(entry.age_seconds),
+    ]
+
+
+def _facts(facts: dict[str, Any]) -> Table:
+    table = Table(box=None, pad_edge=False, show_header=False)
+    for name, value in facts.items():
+        table.add_row(f"[dim]{escape(name)}[/]", escape(str(value)))
+    return table
+
+
+def _samples(summary: StoreSummary) -> Table:
+    table = _table("split", "done", "planned", "failed", "pending")
+    for split, states in summary.splits.items():
+        table.add_row(
+            escape(split), f"{states.done:,}", f"{states.planned:,}", f"{states.failed:,}", f"{states.pending:,}"
+        )
+        for line in _reasons(states):
+            table.add_row("", line)
+    return table
+
+
+def _reasons(states: SplitStates, most: int = 5) -> list[str]:
+    lines = [f"{sample}: {reason}" for sample, reason in list(states.reasons.items())[:most]]
+    return [escape(line) for line in lines]
+
+
+def _arrays(arrays: Sequence[ArraySummary]) -> Table:
+    table = _table("array", "type", "axes", "shape", "chunk", "shard", "codecs", "on disk", "raw/disk")
+    for array in arrays:
+        table.add_row(
+            escape(array.path),
+            array.dtype,
+            " ".join(array.dims),
+            _sides(array.shape),
+            _sides(array.chunk),
+            "" if array.shard is None else _sides(array.shard),
+            escape(array.codec),
+            show_bytes(array.disk_bytes),
+            "" if array.ratio is None else f"{array.ratio:.2f}",
+        )
+    return table
+
+
+def _sides(shape: Sequence[int]) -> str:
+    return " ".join(map(str, shape))
+
+
+def _maps(maps: Sequence[MapStatistics]) -> Table:
+    table = _table("t", "layer", "mean", "rms", "max", "entropy", "clipped", "flushed", "non-finite")
+    for entry in maps:
+        table.add_row(
+            f"{entry.timestep:g}",
+            escape(entry.layer),
+            f"{entry.mean:.4f}",
+            f"{entry.rms:.4f}",
+            f"{entry.max_abs:.4g}",
+            f"{entry.entropy:.3f}",
+            f"{entry.clipped:,}",
+            f"{entry.flushed:,}",
+            f"{entry.non_finite:,}",
+        )
+    return table
+
+
+def _labels(labels: Sequence[LabelStatistics]) -> Table:
+    table = _table("label", "kind", "split", "samples", "what the pixels are")
+    for label in labels:
+        shares = ", ".join(f"{name} {share:.1%}" for name, share in label.shares.items())
+        metres = (
+            ""
+            if label.low is None
+            else f"{label.low:.2f} to {label.high:.2f} m, mean {label.mean:.2f} m; "
+        )
+        table.add_row(escape(label.name), label.kind, escape(label.split), f"{label.samples:,}", metres + shares)
+    return table
