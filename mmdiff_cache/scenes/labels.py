@@ -23,7 +23,8 @@ class Labels:
     material_mask: U8
     depth: F32
     salient_mask: U8
-    visible_pixels: tuple[int, ...]  # a body each: pixels in which it has the most subsamples
+    instance_mask: U8  # 0 where no object has the most subsamples, i + 1 on body i
+    visible_pixels: tuple[int, ...]  # a body each: its pixels in instance_mask
 
 
 def label(surface: NDArray[np.int8], depth: F32, bodies: tuple[Body, ...], salient: int) -> Labels:
@@ -44,6 +45,7 @@ def label(surface: NDArray[np.int8], depth: F32, bodies: tuple[Body, ...], salie
         material_mask=_majority(counts, materials),
         depth=np.where(owner == SKY, np.float32(0), mean).astype(np.float32),
         salient_mask=_majority(counts, is_salient),
+        instance_mask=np.where(owner >= FIRST_OBJECT, owner - (FIRST_OBJECT - 1), 0).astype(np.uint8),
         visible_pixels=tuple(int((owner == FIRST_OBJECT + number).sum()) for number in range(len(bodies))),
     )
 

@@ -38,7 +38,7 @@ class Scene:
 
     class_mask indexes CLASS_NAMES and material_mask MATERIAL_NAMES; both hold IGNORE where nothing owns 60 %
     of a pixel. depth is in metres along the optical axis, 0 where invalid (sky). salient_mask is 1 on the
-    salient object, 0 off it, IGNORE on its border.
+    salient object, 0 off it, IGNORE on its border. instance_mask is i + 1 on object i, 0 on sky and ground.
     """
 
     split: str
@@ -49,6 +49,7 @@ class Scene:
     material_mask: U8
     depth: NDArray[np.float32]
     salient_mask: U8
+    instance_mask: U8
     caption: str
     caption_order: tuple[int, ...]  # numbers of the objects, first named first
     prompt_scene: str  # names ground and time alone
@@ -90,6 +91,7 @@ def render_scene(split: str, index: int, size: int = 128) -> Scene:
         material_mask=labels.material_mask,
         depth=labels.depth.astype(np.float32),
         salient_mask=labels.salient_mask,
+        instance_mask=labels.instance_mask,
         caption=caption.text,
         caption_order=caption.order,
         prompt_scene=scene_prompt(layout.ground, layout.time_of_day),

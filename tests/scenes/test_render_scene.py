@@ -100,6 +100,15 @@ def test_labels_agree_with_each_other(scenes: list[Scene]) -> None:
         assert on.sum() == pytest.approx(salient.visible_pixels, rel=0.25)
 
 
+def test_the_instance_mask_tells_objects_apart(scenes: list[Scene]) -> None:
+    for scene in scenes:
+        counts = np.bincount(scene.instance_mask.ravel(), minlength=1 + len(scene.objects))[1:]
+        assert counts.tolist() == [one.visible_pixels for one in scene.objects]
+        assert set(np.unique(scene.class_mask[scene.instance_mask == 0])) <= {0, 1, IGNORE}
+        on_salient = scene.instance_mask[scene.salient_mask == 1]
+        assert (on_salient == scene.salient_index + 1).all()
+
+
 def test_ground_gets_nearer_towards_the_bottom(scenes: list[Scene]) -> None:
     for scene in scenes[:20]:
         ground = np.where(scene.class_mask == 1, scene.depth, np.nan)
