@@ -1,11 +1,21 @@
 """A finished store that many tests read, written once."""
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from mmdiff_cache.store.manifest import Manifest
 from tests.store.synthetic import make_manifest, write_store
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_fsync() -> Iterator[None]:
+    """A disk of tests need not survive a power cut; that fsync is called, and when, is test_kill's to check."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
 
 
 @pytest.fixture(scope="session")
