@@ -64,10 +64,11 @@ class FluxBackbone(Backbone):
 
     @torch.inference_mode()
     def encode_image(self, images: UInt8[Tensor, "B H W 3"]) -> Float[Tensor, "B c H_f W_f"]:
+        # Channels-last in memory, as diffusers' image processor leaves it: the convolutions' bits depend on it.
         pixels = rearrange(images.to(self.device), "B H W rgb -> B rgb H W").to(torch.float32) / 255 * 2 - 1
         # TF32 convolutions would make the latents of a GPU differ from a CPU's in the third digit.
         with torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False):
-            posterior = cast(Any, self._vae.encode(pixels.contiguous())).latent_dist
+            posterior = cast(Any, self._vae.encode(pixels)).latent_dist
         config = cast(Any, self._vae.config)
         return (posterior.mode() - (config.shift_factor or 0.0)) * config.scaling_factor
 
