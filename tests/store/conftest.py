@@ -12,7 +12,7 @@ from tests.store.synthetic import make_manifest, write_store
 
 @pytest.fixture(scope="session", autouse=True)
 def quick_fsync() -> Iterator[None]:
-    """A disk of tests need not survive a power cut; that fsync is called, and when, is test_kill's to check."""
+    """A test's disk need not survive a power cut; that fsync is called, and when, is test_kill's to check."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda descriptor: None)
         yield
@@ -25,7 +25,7 @@ def manifest() -> Manifest:
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory, manifest: Manifest) -> Path:
-    """6 + 3 samples, two variants, two vocabularies, three label sets, partitions of four. Not to be changed."""
+    """6 + 3 samples, two variants, two vocabularies, three label sets, partitions of four. Read only."""
     path = tmp_path_factory.mktemp("stores") / "finished"
     write_store(path, manifest)
     return path

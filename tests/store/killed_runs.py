@@ -1,8 +1,8 @@
-"""Runs a small extraction that is killed at chosen file operations, and runs it again. A script for test_kill.py.
+"""Runs a small extraction that is killed at chosen file operations, then runs it again: test_kill's script.
 
-A process of its own, forked before zarr has started a thread. Arguments: a folder, then the numbers of the file
-operations (os.replace, os.fsync, os.unlink, os.mkdir) instead of which a run dies; without numbers it runs to its
-end. One JSON line a run: where it died, and whether what lay there then could be read as it should be.
+A process of its own, forked before zarr has started a thread. Arguments: a folder, then the numbers of the
+file operations (os.replace, os.fsync, os.unlink, os.mkdir) instead of which a run dies; without numbers it
+runs to its end. One JSON line a run: where it died, and how the second run ended.
 """
 
 import json
@@ -25,7 +25,7 @@ MANIFEST_OF_RUN = make_manifest(
 
 
 def record_operations(log: Path, die_at: int | None) -> None:
-    """Note every operation that changes files in `log`, and end the process instead of doing number `die_at`."""
+    """Note every operation that changes files, and end the process instead of doing number `die_at`."""
     count = 0
 
     def watch(name: str) -> None:
@@ -62,7 +62,7 @@ def in_child(log: Path, store: Path, die_at: int | None) -> int:
 
 
 def check_half_done(store: Path) -> None:
-    """In a forked process: whatever is said to be done reads right, and everything else is an error by name."""
+    """In a forked process: what is said to be done reads right, and everything else is an error by name."""
     if os.fork() == 0:
         code = 1
         try:
@@ -73,13 +73,17 @@ def check_half_done(store: Path) -> None:
                     truth = make_features(MANIFEST_OF_RUN.schema, list(reader.ids)).hidden_states
                     for n in range(len(reader)):
                         if reader.state(n) == "done":
-                            np.testing.assert_array_equal(reader.hidden_states([n], variant=1)[0], truth[n, 1])
+                            np.testing.assert_array_equal(
+                                reader.hidden_states([n], variant=1)[0], truth[n, 1]
+                            )
                             continue
                         try:
                             reader.hidden_states([n])
                         except StoreIncomplete:
                             continue
-                        raise AssertionError(f"sample {n} of {split} was read, although it was never finished")
+                        raise AssertionError(
+                            f"sample {n} of {split} was read, although it was never finished"
+                        )
             code = 0
         finally:
             os._exit(code)
@@ -98,7 +102,8 @@ def main() -> None:
             again = in_child(home / "log2", home / "store", None)
         else:
             again = status
-        print(json.dumps({"point": point, "status": status, "again": again, "operations": operations}))
+        line = {"point": point, "status": status, "again": again, "operations": operations}
+        sys.stdout.write(json.dumps(line) + "\n")
 
 
 main()

@@ -1,4 +1,4 @@
-"""A run that is killed anywhere and run again leaves the same bytes, and nothing wrong can be read in between."""
+"""A run that is killed anywhere and run again leaves the same bytes; nothing wrong is ever read."""
 
 import json
 import random
@@ -63,7 +63,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
 
 
 def check_order(operations: list[str]) -> None:
-    """What a power cut asks for: content durable before its name, names durable before the record that needs them."""
+    """What a power cut asks for: content durable before its name, names before the record that needs them."""
     record = operations.index("replace /partitions/train-000000.json")
     manifest = operations.index("replace /manifest.json")
     for number, line in enumerate(operations):

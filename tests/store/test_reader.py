@@ -53,7 +53,7 @@ def test_what_is_not_stored_is_named_with_what_is(finished: Path, call, words: s
 
 
 def test_an_unknown_split_and_a_missing_store_are_named(finished: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="'val' .* train, test"):
+    with pytest.raises(ConfigError, match=r"'val' .* train, test"):
         open_store(finished)["val"]
     with pytest.raises(StoreError, match="is not a store"):
         open_store(tmp_path)

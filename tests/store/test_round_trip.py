@@ -1,4 +1,4 @@
-"""What is written is what is read, whatever the shapes, and the bytes do not depend on the order of the work."""
+"""What is written is what is read, whatever the shapes; bytes do not depend on the order of the work."""
 
 import tempfile
 from pathlib import Path
@@ -32,7 +32,9 @@ small = st.integers(1, 3)
 def schemas(draw: st.DrawFn) -> StoreSchema:
     size = st.tuples(small, small)
     layers = [f"single.{n}" for n in range(draw(small))]
-    vocabulary = Vocabulary(name="v", concepts=("a", "b"), blocks=tuple(f"double.{n}" for n in range(draw(small))))
+    vocabulary = Vocabulary(
+        name="v", concepts=("a", "b"), blocks=tuple(f"double.{n}" for n in range(draw(small)))
+    )
     labels = tuple(LabelArray(spec=spec, canvas=draw(size)) for spec in (CLASSES, DEPTH))
     return StoreSchema(
         layers=tuple(draw(st.permutations(layers))),
@@ -78,7 +80,7 @@ def assert_holds(path: Path, manifest: Manifest) -> None:
                 np.testing.assert_array_equal(reader.original_label(name, n), sample.original_labels[name])
 
 
-@settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck))
 @given(schema=schemas(), samples=st.integers(1, 6))
 def test_every_shape_comes_back(schema: StoreSchema, samples: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
@@ -139,12 +141,16 @@ def test_noise_can_be_recomputed_from_the_stored_key(finished: Path, manifest: M
     keys = open_store(finished)["train"].noise_keys([4])[0]
     for variant, setting in enumerate(manifest.schema.variants):
         assert tuple(map(int, keys[variant])) == noise_key(7, "train/004", setting.noise_draw)
-        again = np.random.Generator(np.random.Philox(key=keys[variant])).standard_normal((4, 2, 2), np.float32)
+        again = np.random.Generator(np.random.Philox(key=keys[variant])).standard_normal(
+            (4, 2, 2), np.float32
+        )
         np.testing.assert_array_equal(again, draw_noise(7, "train/004", setting.noise_draw, (4, 2, 2)))
 
 
 @pytest.mark.parametrize("order", [[0, 1, 2, 3, 4, 5], [5, 0, 4, 1], [2, 2], [3, 4], []])
-def test_any_selection_equals_indexing_the_whole(finished: Path, manifest: Manifest, order: list[int]) -> None:
+def test_any_selection_equals_indexing_the_whole(
+    finished: Path, manifest: Manifest, order: list[int]
+) -> None:
     reader = open_store(finished)["train"]
     features = make_features(manifest.schema, list(manifest.splits["train"]))
     asked = reader.hidden_states(order, timesteps=[0.001, 0.9], layers=["single.4"], variant=1)
