@@ -35,14 +35,14 @@ RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="The folder that 
 def demo(
     out: Annotated[Path, typer.Option(help="Folder of everything the demo writes.")] = Path("demo"),
     limit: Annotated[
-        int | None, typer.Option(metavar="N", help="Training samples; fewer are quicker and score worse.")
+        int | None, typer.Option(metavar="N", help="Samples of each split; fewer are quicker and score worse.")
     ] = None,
+    backbone: Annotated[str | None, typer.Option(help="Another backbone than the bundled one.")] = None,
 ) -> None:
     """Show the whole main job on rendered scenes: extract, train three heads, evaluate, predict, draw."""
-    from mmdiff_cache import demo as job
+    from mmdiff_cache.demo import run_demo
 
-    with progress_bar("demo") as advance:
-        result = job.run_demo(out, limit=limit, say=say, progress=advance)
+    result = run_demo(out, limit=limit, backbone=backbone, say=say, bar=progress_bar)
     next_command(*result.next_command)
 
 

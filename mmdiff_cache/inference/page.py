@@ -14,6 +14,7 @@ p { color: color-mix(in srgb, currentcolor 65%, transparent); margin: .25rem 0; 
 .row { display: flex; flex-wrap: wrap; gap: .75rem; }
 figure { margin: 0; flex: 1 1 14rem; max-width: 24rem; }
 img { width: 100%; height: auto; display: block; border-radius: .3rem; image-rendering: pixelated; }
+.row > figure:only-child { max-width: 100%; } figure:only-child img { image-rendering: auto; }
 figcaption { font-size: .85rem; }
 ul { list-style: none; display: flex; flex-wrap: wrap; gap: .3rem 1rem; padding: 0; font-size: .85rem; }
 i { display: inline-block; width: .8em; height: .8em; border: 1px solid #8888; margin-right: .35em; }

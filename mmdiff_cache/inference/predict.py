@@ -2,8 +2,8 @@
 
 A picture's noise is keyed by its id, as in a store: the path below the store's data root for a file that lies there
 (as the data set `images` names it), else the file's name without its suffix. So a picture gets the same prediction
-whatever it is predicted with, and a picture that is also in the store gets exactly what evaluation gets from the cache:
-a forward pass has the store's batch size, filled up with repeats where there are fewer pictures.
+whatever it is predicted with, and a picture that is also in the store gets the features that the store holds, bit for
+bit: a forward pass has the store's batch size, filled up with repeats where there are fewer pictures.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ from mmdiff_cache.store.reader import Store, open_store
 from mmdiff_cache.tasks import find_task
 from mmdiff_cache.training.build import Model
 from mmdiff_cache.training.run import Run, load_run, model_for_run
-from mmdiff_cache.training.scoring import predict_batch
+from mmdiff_cache.training.scoring import predict_batch, select
 
 Picture = str | os.PathLike[str] | Sample
 """A file, or a sample in memory, which brings its id and perhaps its prompts."""
@@ -193,21 +193,20 @@ def predict(
         if progress is not None:
             progress(len(predictions), len(samples), "predicting")
         batch = model.batch([prepared[n] for n in positions])
-        sizes = [(samples[n].image.shape[0], samples[n].image.shape[1]) for n in positions]
-        arrays = predict_batch(model.model, model.task, batch, sizes, model.config.precision)
-        predictions += [
-            Prediction(
-                sample_id=samples[n].sample_id,
-                task=model.task.name,
-                label=model.label,
-                image=samples[n].image,
-                array=array,
-            )
-            for n, array in zip(positions, arrays, strict=True)
-        ]
+        for row, sample in enumerate(samples[n] for n in positions):
+            predictions.append(_predict_one(model, batch, row, sample))
     if out is None:
         return predictions
     return write_predictions(predictions, Path(out), f"{model.task.name} by {model.title}", _note(model))
+
+
+def _predict_one(model: TrainedModel, batch: Batch, row: int, sample: Sample) -> Prediction:
+    """One sample of a batch through the head, alone: a head's rounding depends on how many go through together."""
+    size = (sample.image.shape[0], sample.image.shape[1])
+    [array] = predict_batch(model.model, model.task, select(batch, [row]), [size], model.config.precision)
+    return Prediction(
+        sample_id=sample.sample_id, task=model.task.name, label=model.label, image=sample.image, array=array
+    )
 
 
 def _runs(count: int, size: int) -> Iterator[range]:
