@@ -7,7 +7,7 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Self, cast
+from typing import Literal, cast
 
 import torch
 from jaxtyping import Float
@@ -103,7 +103,7 @@ class MMDiff(nn.Module):
         self.decoder = decoder
 
     @classmethod
-    def from_spec(cls, spec: ModelSpec) -> Self:
+    def from_spec(cls, spec: ModelSpec) -> "MMDiff":
         """Build the model that a spec describes, with fresh weights; ConfigError if it cannot hold."""
         spec = resolve_model(spec)
         assert spec.aggregator.width is not None

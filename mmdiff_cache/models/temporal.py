@@ -1,8 +1,9 @@
 """The transformer over timesteps: sequences of a few tokens, one for each position of the grid.
 
 With T = 4 the usual attention kernels spend their time on bookkeeping: they are made for long sequences.
-Here the axes are [T, M, D] with all M positions in the inner loops, so that every linear layer is one large
-matrix product and attention is T x T products over contiguous memory.
+Here the axes are [T, M, D], so that every linear layer is one large matrix product over all M positions. For
+attention alone the positions go last, which costs nothing (a matrix product may write its result transposed):
+then the T x T products of all pairs run over contiguous memory.
 """
 
 import torch
@@ -25,11 +26,38 @@ class TemporalAttention(nn.Module):
 
     def forward(self, x: Float[Tensor, "T M D"]) -> Float[Tensor, "T M D"]:
         """Each of the M positions attends over its own T timesteps."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(dim=2)
-        scores = (q[:, None] * k[None]).sum(dim=-1) * q.shape[-1] ** -0.5
-        attention = functional.softmax(scores, dim=1)
-        mixed = (attention[..., None] * v[None]).sum(dim=1)
-        return self.out(mixed.flatten(-2))
+        timesteps, positions, width = x.shape
+        # [3D, T*M]: W X' instead of X W', so that positions are the last and contiguous axis.
+        projected = torch.addmm(self.qkv.bias[:, None], self.qkv.weight, x.flatten(0, 1).t())
+        q, k, v = projected.view(3, self.heads, -1, timesteps, positions)
+        scores = (q.unsqueeze(3) * k.unsqueeze(2)).sum(dim=1)  # [heads, T asking, T asked, M]
+        attention = functional.softmax(scores * (width // self.heads) ** -0.5, dim=2)
+        mixed = (attention.unsqueeze(1) * v.unsqueeze(2)).sum(dim=3)  # [heads, D / heads, T, M]
+        return self.out(mixed.view(width, -1).t()).view(x.shape)
+
+
+class Dropout(nn.Module):
+    """Dropout with probability `rate`; on a CPU three times as fast as PyTorch's own.
+
+    There the generator takes longer than all else, so one 64-bit number serves four values. The rate is met to
+    1 / 65536, and the values that stay are scaled by exactly the inverse of what was met.
+    """
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Float[Tensor, "T M D"]) -> Float[Tensor, "T M D"]:
+        """Values zeroed at random in training, untouched in evaluation."""
+        if not self.training or self.rate == 0.0:
+            return x
+        if x.device.type != "cpu":
+            return functional.dropout(x, self.rate)
+        dropped_of_65536 = round(self.rate * 65536)
+        words = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
+        lots = words.view(torch.int16)[: x.numel()].view(x.shape)
+        kept = x.masked_fill(lots < dropped_of_65536 - 32768, 0.0)
+        return kept * (65536 / (65536 - dropped_of_65536))
 
 
 class Block(nn.Module):
@@ -44,7 +72,7 @@ class Block(nn.Module):
         self.mlp_norm = nn.LayerNorm(width)
         self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
         self.mlp_scale = nn.Parameter(torch.full((width,), layer_scale))
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x: Float[Tensor, "T M D"]) -> Float[Tensor, "T M D"]:
         """x + scale * attention(norm(x)), then the same with the MLP; dropout on each branch."""
