@@ -24,7 +24,7 @@ def tiny_flux_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def learnable_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store of 24 + 6 samples whose labels can be read off its features; see tests/learnable.py."""
+    """A store of 16 + 4 samples whose labels can be read off its features; see tests/learnable.py."""
     from tests.learnable import write_store
 
     return write_store(tmp_path_factory.mktemp("stores") / "blocks" / "flux-tiny")

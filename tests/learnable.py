@@ -5,10 +5,15 @@ layer and timestep. Depth, material and salience follow from the class. Original
 and of another size for every sample.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
+
+from mmdiff_cache.datasets.scenes import LABELS as SCENES_LABELS
+from mmdiff_cache.datasets.scenes import RenderedScenes
+from mmdiff_cache.datasets.transforms import prepare
 
 from mmdiff_cache.records import STATISTICS, FeatureBatch, LabelSpec, PreparedSample
 from mmdiff_cache.store.schema import LabelArray, StoreSchema, Vocabulary
@@ -140,16 +145,17 @@ def expected_maps(scores: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
 def write_store(
     path: Path,
     *,
-    train: int = 24,
-    test: int = 6,
+    train: int = 16,
+    test: int = 4,
     dataset: str = "blocks",
     prompts: str = "empty",
     schema: StoreSchema | None = None,
     failing: tuple[str, ...] = (),
     stop_after: int | None = None,
-    damage: tuple[str, float] | None = None,
+    sample: Callable[[str], PreparedSample] = make_sample,
+    spoilt: str | None = None,
 ) -> Path:
-    """Write a store through the real writer. `damage` sets one sample's features to a value."""
+    """Write a store through the real writer. `spoilt` is a sample whose features are as large as float16 can hold."""
     schema = schema or make_schema()
     manifest = make_manifest(schema, {"train": train, "test": test}, dataset, prompts)
     with open_writer(path, manifest) as writer:
@@ -161,8 +167,21 @@ def write_store(
                         out.fail(offset, sample_id, "cannot be read")
                         continue
                     features = make_features(schema, [sample_id])
-                    if damage is not None and damage[0] == sample_id:
-                        features.hidden_states[:] = damage[1]
-                    out.write(offset, [make_sample(sample_id)], features)
+                    if sample_id == spoilt:
+                        features.hidden_states[:] = 65504
+                    out.write(offset, [sample(sample_id)], features)
                 out.commit()
     return path
+
+
+def write_scenes_store(path: Path, train: int = 8, test: int = 4) -> Path:
+    """A store of real scenes, 32 px, with features that know nothing of them."""
+    size = GRID * PATCH
+    scenes = RenderedScenes(size)
+    schema = make_schema(labels=tuple(LabelArray(spec=spec, canvas=(size, size)) for spec in SCENES_LABELS))
+
+    def render(sample_id: str) -> PreparedSample:
+        _, split, number = sample_id.split("-")
+        return prepare(scenes.load(split, int(number)), size, "")
+
+    return write_store(path, train=train, test=test, dataset="scenes", schema=schema, sample=render)

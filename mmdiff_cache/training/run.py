@@ -18,9 +18,10 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 from ..config import TrainConfig, filled
-from ..errors import CheckpointError, ConfigError, TrainingError
+from ..errors import CheckpointError, ConfigError, StoreError, TrainingError
 from ..loader import Batch, make_loader
 from ..records import Progress
+from ..store.reader import Store, open_store
 from ..tasks import better, find_task, headline
 from . import checkpoint
 from .build import Model, Setup, build_model, set_up, spec_from_json, spec_to_json
@@ -53,6 +54,8 @@ LOG_LINES = 200
 """Losses written to the metrics over a whole training."""
 FREE_TO_DIFFER = ("run", "stores", "device", "memory")
 """Fields that say where a training runs, not what it computes."""
+WEIGHTS: Mapping[str, tuple[str, str]] = {EMA: (LAST, EMA), RAW: (LAST, RAW), "best": (BEST, EMA)}
+"""File and group of the weights that can be asked for."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -123,8 +126,24 @@ def model_for_run(run: "Run | str | Path", weights: str = EMA) -> Model:
     return model.requires_grad_(False).eval()
 
 
-WEIGHTS: Mapping[str, tuple[str, str]] = {EMA: (LAST, EMA), RAW: (LAST, RAW), "best": (BEST, EMA)}
-"""File and group of the weights that can be asked for."""
+def store_of(run: Run, path: str | Path | None = None) -> Store:
+    """The store that a run was trained on, at `path` if it was moved.
+
+    Raises StoreError where there is none, CheckpointError where another one lies there.
+    """
+    folder = Path(path or run.config.stores[0]).expanduser()
+    try:
+        store = open_store(folder)
+    except StoreError as error:
+        if path is None and not folder.exists():
+            raise StoreError(f"the store of {run.path} is no longer at {folder}; say where it is with --store") from error
+        raise
+    if store.manifest.fingerprint != run.origin["fingerprint"]:
+        raise CheckpointError(
+            f"{run.path} was trained on a store with identity {run.origin['fingerprint'][:12]}, {folder} has "
+            f"{store.manifest.fingerprint[:12]}; name the former store, or train again"
+        )
+    return store
 
 
 def train(config: TrainConfig, progress: Progress | None = None) -> Run:

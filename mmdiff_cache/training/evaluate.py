@@ -1,0 +1,257 @@
+"""Scores of a trained run on a split of its store, beside what can be had without features."""
+
+import dataclasses
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..config import filled
+from ..errors import ConfigError, StorageError
+from ..loader import CachedFeatureDataset
+from ..records import Progress
+from ..store.reader import Store
+from ..tasks import SUBSETS, Task, find_task, headline
+from . import checkpoint
+from .baselines import Fitting, baselines_for, trained_config, trained_for
+from .build import open_dataset, split_samples
+from .checkpoint import EMA, RAW
+from .resolve import TRAIN_SPLIT, training_samples
+from .run import LAST, Run, load_run, model_for_run, store_of, train
+from .scoring import Scores, model_predictor, score
+
+logger = logging.getLogger(__name__)
+
+SPLITS = ("test", "val")
+"""Splits that are scored when none is named, the first that the store has."""
+ORACLE = "oracle"
+"""Rule of the prompts that name the objects of the picture."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Evaluation:
+    """Scores with all that is needed to read them. `str()` is the table, `to_json()` everything."""
+
+    run: str
+    task: str
+    data_set: str
+    split: str
+    samples: int
+    backbone: str
+    prompts: str
+    """Rule of the prompts; scores with `oracle` are an upper bound."""
+    source: str
+    weights: str
+    """Which weights `scores` and `per_sample` are of."""
+    step: int
+    headline: str
+    higher_is_better: bool
+    scores: Mapping[str, Any]
+    other_weights: Mapping[str, Mapping[str, Any]]
+    """The same scores with the other weights of the last step."""
+    baselines: Mapping[str, Mapping[str, Any]]
+    """The same scores without features, by name."""
+    per_sample: Mapping[str, Mapping[str, float]]
+    """Each sample's own scores, by sample id."""
+    protocol: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return dataclasses.asdict(self)
+
+    def __str__(self) -> str:
+        return "\n".join(_lines(self))
+
+
+def evaluate(
+    run: Run | str | Path,
+    split: str | None = None,
+    weights: str = EMA,
+    *,
+    with_trained_baselines: bool = False,
+    store: str | Path | None = None,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Score a run on a split: by default `test` if the store has it, else `val`; batches are streamed.
+
+    Weights are `ema` (the average at the last step, the default), `raw` or `best`; averaged and raw are both scored.
+    The baselines that are trainings of their own are shown once they are trained; `with_trained_baselines` trains them
+    first. `store` says where the run's store lies now. The result is also written into the run's folder.
+
+    Raises ConfigError for a split or weights there are not, CheckpointError for a run that cannot be used or belongs
+    to another store, StoreError for a store that cannot be read.
+    """
+    run = load_run(run)
+    opened, task = store_of(run, store), find_task(run.config.task)
+    split = _pick_split(opened, split)
+    if with_trained_baselines:
+        train_baselines(run, opened, progress)
+    dataset = open_dataset(run.config, opened, split)
+    models = {name: model_for_run(run, name).to(run.config.device) for name in dict.fromkeys((weights, EMA, RAW))}
+    fitting = Fitting(
+        task=task,
+        label=dataset.reader.label_specs[task.label],
+        data_set=run.origin["dataset"],
+        training=_trained_on(run, opened),
+        reader=dataset.reader,
+    )
+    simple = baselines_for(fitting)
+    found = score(
+        {**{name: model_predictor(model, task, run.config.precision) for name, model in models.items()}, **simple},
+        dataset,
+        task,
+        data_set=fitting.data_set,
+        original=True,
+        batch_size=filled(run.config.batch_size),
+        progress=progress,
+    )
+    trained = _trained_scores(run, opened, split, task)
+    result = Evaluation(
+        run=str(run.path),
+        task=task.name,
+        data_set=fitting.data_set,
+        split=split,
+        samples=len(dataset),
+        backbone=run.origin["backbone"],
+        prompts=run.origin["prompts"],
+        source=run.config.source,
+        weights=weights,
+        step=run.step,
+        headline=headline(task, fitting.data_set),
+        higher_is_better=task.higher_is_better,
+        scores=found[weights].overall,
+        other_weights={name: found[name].overall for name in models if name != weights},
+        baselines={**{name: found[name].overall for name in simple}, **trained},
+        per_sample=found[weights].samples,
+        protocol=_protocol(dataset, task, split),
+    )
+    _keep(run, result)
+    return result
+
+
+def train_baselines(run: Run, store: Store, progress: Progress | None = None) -> dict[str, Run]:
+    """Train the baselines that need it, with equal steps, in the run's folder; those that are there are kept."""
+    config = dataclasses.replace(run.config, stores=(str(store.path),))
+    return {
+        name: train(trained_config(entry, config, run.path), progress)
+        for name, entry in trained_for(run.config).items()
+    }
+
+
+def _trained_scores(run: Run, store: Store, split: str, task: Task) -> dict[str, Mapping[str, Any]]:
+    """Scores of those trained baselines of a run that have finished."""
+    results: dict[str, Mapping[str, Any]] = {}
+    for name, entry in trained_for(run.config).items():
+        folder = run.path / "baselines" / entry.source
+        if not (folder / LAST).exists() or not load_run(folder).finished:
+            continue
+        other = load_run(folder)
+        model = model_for_run(other).to(other.config.device)
+        found: dict[str, Scores] = score(
+            {name: model_predictor(model, task, other.config.precision)},
+            open_dataset(other.config, store, split),
+            task,
+            data_set=run.origin["dataset"],
+            original=True,
+            batch_size=filled(other.config.batch_size),
+        )
+        results[name] = found[name].overall
+    return results
+
+
+def _pick_split(store: Store, split: str | None) -> str:
+    if split is None:
+        split = next((name for name in SPLITS if name in store.splits), None)
+        if split is None:
+            raise ConfigError(
+                f"{store.path} has neither a test nor a val split; name one of {', '.join(store.splits)} with --split"
+            )
+    if split not in store.splits:
+        raise ConfigError(f"{store.path} has no split {split!r}; it has {', '.join(store.splits)}")
+    return split
+
+
+def _trained_on(run: Run, store: Store) -> CachedFeatureDataset:
+    """The samples that a run was trained on."""
+    samples = training_samples(store[TRAIN_SPLIT], run.config.limit)
+    kept, _ = split_samples(samples, run.config.holdout, run.config.seed)
+    return open_dataset(run.config, store, TRAIN_SPLIT, kept)
+
+
+def _protocol(dataset: CachedFeatureDataset, task: Task, split: str) -> str:
+    """How the numbers were taken, in words."""
+    label = dataset.reader.label_specs[task.label]
+    failed = len(dataset.reader.failed)
+    left_out = f" ({failed} failed sample(s) left out)" if failed else ""
+    how = {
+        "classes": f"IoU from one confusion matrix over all samples, id {label.ignore} not counted",
+        "mask": "S-measure, maximum F of the mean curve and MAE by pysodmetrics",
+        "depth": f"each sample's errors first, then their mean; depths in {label.valid_range} m, no alignment",
+    }[label.kind]
+    return f"{len(dataset)} samples of {split}{left_out}; outputs resized to the labels' original size first; {how}"
+
+
+def _keep(run: Run, result: Evaluation) -> None:
+    """Write the result beside the run; a folder that cannot be written costs only that."""
+    try:
+        checkpoint.write_json(run.path / f"evaluation-{result.split}-{result.weights}.json", result.to_json())
+    except StorageError as error:
+        logger.warning("the scores were not kept: %s", error)
+
+
+def _lines(result: Evaluation) -> list[str]:
+    """The printed form: what was scored, the table, the classes, the protocol."""
+    bound = " (the prompts name the objects: an upper bound)" if result.prompts == ORACLE else ""
+    features = "" if result.source == "hidden_states" else f", source {result.source}"
+    columns = [key for key in _columns(result)]
+    order = "higher" if result.higher_is_better else "lower"
+    rows = [
+        ["", *columns],
+        [f"{result.weights} weights", *_cells(result.scores, columns)],
+        *([f"{name} weights", *_cells(scores, columns)] for name, scores in result.other_weights.items()),
+        *([name, *_cells(scores, columns)] for name, scores in result.baselines.items()),
+    ]
+    lines = [
+        f"{result.task} on {result.data_set} {result.split}: {result.headline} "
+        f"{_number(_value(result.scores, result.headline))} ({order} is better)",
+        f"features of {result.backbone}, prompts {result.prompts}{bound}{features}, {result.step} steps",
+        "",
+        *_aligned(rows),
+    ]
+    iou = result.scores.get("iou")
+    if iou:
+        lines += ["", "IoU by class", *_aligned([list(iou), [_number(value) for value in iou.values()]])]
+    return [*lines, "", result.protocol]
+
+
+def _columns(result: Evaluation) -> list[str]:
+    """The scores to show, the headline first; classes that the headline leaves out stand beside it."""
+    numbers = [key for key, value in result.scores.items() if isinstance(value, float) and key != result.headline]
+    subset = SUBSETS.get((result.data_set, find_task(result.task).label))
+    outside = [name for name in result.scores.get("iou", {}) if subset is not None and name not in subset[1]]
+    return [result.headline, *outside, *numbers]
+
+
+def _value(scores: Mapping[str, Any], key: str) -> float | None:
+    return scores[key] if key in scores else scores.get("iou", {}).get(key)
+
+
+def _cells(scores: Mapping[str, Any], columns: Sequence[str]) -> list[str]:
+    return [_number(_value(scores, key)) for key in columns]
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Columns as wide as their longest cell, numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            cell.ljust(width) if number == 0 else cell.rjust(width)
+            for number, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
