@@ -16,6 +16,7 @@ from mmdiff_cache.extraction.extractor import Extractor
 from mmdiff_cache.extraction.identity import build_manifest
 from mmdiff_cache.extraction.plan import ExtractionPlan, check_disk
 from mmdiff_cache.extraction.plan import plan as make_plan
+from mmdiff_cache.extraction.sources import check_unchanged, mended_partitions
 from mmdiff_cache.extraction.worker import run_partition
 from mmdiff_cache.records import Progress
 from mmdiff_cache.store.manifest import MANIFEST
@@ -31,11 +32,12 @@ def extract(plan: ExtractionPlan | ExtractConfig, progress: Progress | None = No
 
     Finished partitions are kept and skipped; the backbone is loaded only when something is left to do.
     Samples that could not be used are in the store as failed, each with its reason; the run goes on past
-    them. An interruption loses at most the partition it fell into. `progress` is called with samples done,
-    all samples, and the speed.
+    them, and a later one tries them again if their files can be read by then. An interruption loses at most
+    the partition it fell into. `progress` is called with samples done, all samples, and the speed.
 
-    Raises StorageError when the disk is too small or refuses, StoreError when the folder holds something
-    else, BackboneError when weights are missing or the GPU's memory is too small.
+    Raises DataError when a source changed since it was extracted, StorageError when the disk is too small or
+    refuses, StoreError when the folder holds something else, BackboneError when weights are missing or the
+    GPU's memory is too small.
     """
     if isinstance(plan, ExtractConfig):
         plan = make_plan(plan)
@@ -44,6 +46,9 @@ def extract(plan: ExtractionPlan | ExtractConfig, progress: Progress | None = No
     manifest = build_manifest(plan)
     with open_writer(plan.store, manifest) as writer, _log_file(plan.store):
         pending = [partition for split in plan.samples for partition in writer.pending(split)]
+        before = open_store(plan.store)
+        check_unchanged(plan, before)
+        pending += [partition for partition in mended_partitions(plan, before) if partition not in pending]
         left = sum(partition.size for partition in pending)
         check_disk(plan, done=plan.total - left)
         if pending:

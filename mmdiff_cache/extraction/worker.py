@@ -23,6 +23,8 @@ class Unusable:
 
 
 Loaded = PreparedSample | Unusable
+UNREADABLE = "cannot be read: "
+"""How the reason of a sample begins that may be mended by mending its file."""
 
 
 def run_partition(
@@ -62,7 +64,7 @@ def _load(plan: ExtractionPlan, split: str, index: int) -> Loaded:
         sample = plan.dataset.load(split, index)
         return prepare(sample, filled(plan.config.resolution), plan.prompts.prompt(sample))
     except DataError as error:
-        return Unusable(sample_id=plan.samples[split][index], reason=str(error))
+        return Unusable(sample_id=plan.samples[split][index], reason=f"{UNREADABLE}{error}")
 
 
 def _extract_batch(
