@@ -1,9 +1,12 @@
 """What the commands print with: two consoles, a progress bar with an ETA, and the closing line to paste."""
 
+import json
+import math
 import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -43,6 +46,19 @@ def fail(message: str) -> None:
 def next_command(*words: str) -> None:
     """Close a command with the line to type next."""
     out.print(f"\n[dim]next:[/]  [bold]{escape(shlex.join(words))}[/]", soft_wrap=True)
+
+
+def print_json(value: Any) -> None:
+    """Strict JSON; what is no finite number becomes null."""
+    say(json.dumps(_finite(value), indent=2, allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @contextmanager

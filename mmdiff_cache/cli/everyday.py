@@ -3,14 +3,13 @@
 Everything heavy is imported inside the commands, so that `--help` stays quick.
 """
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from mmdiff_cache.cli.configuration import compose, parse_list, parse_numbers, parse_vocabularies
-from mmdiff_cache.cli.console import next_command, progress_bar, say
+from mmdiff_cache.cli.console import next_command, print_json, progress_bar, say
 from mmdiff_cache.config import ExtractConfig, TrainConfig
 from mmdiff_cache.errors import ConfigError
 
@@ -29,6 +28,7 @@ Timesteps = Annotated[str | None, typer.Option(metavar="T,T", help="Noise levels
 BatchSize = Annotated[int | None, typer.Option(help="Samples at once.")]
 Limit = Annotated[int | None, typer.Option(metavar="N", help="Only the first N samples of every split.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
+MovedStore = Annotated[Path | None, typer.Option(help="Where the run's store lies now, if it was moved.")]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="The folder that 'train' wrote.")]
 
 
@@ -137,31 +137,40 @@ def train(
 
 def evaluate(
     run: RunFolder,
-    split: Annotated[str | None, typer.Option(help="Split to score; test where there is one.")] = None,
+    split: Annotated[str | None, typer.Option(help="Split to score; test where there is one, else val.")] = None,
     weights: Annotated[str, typer.Option(help="ema, raw or best.")] = "ema",
+    store: MovedStore = None,
+    train_baselines: Annotated[
+        bool, typer.Option("--train-baselines", help="First train the baselines that need it; kept in RUN.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Score a trained run on a split of its store, beside the trivial baselines."""
     import mmdiff_cache as mm
 
-    scores = mm.evaluate(run, split=split, weights=weights)
+    with progress_bar("evaluate") as advance:
+        scores = mm.evaluate(
+            run, split, weights, with_trained_baselines=train_baselines, store=store, progress=advance
+        )
     if as_json:
-        say(json.dumps(scores.to_json(), indent=2))
-        return
+        return print_json(scores.to_json())
     say(str(scores))
-    next_command("mmdiff-cache", "predict", str(run), "photo.jpg")
+    return next_command("mmdiff-cache", "predict", str(run), "photo.jpg")
 
 
 def predict(
     run: RunFolder,
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Pictures of any size.")],
     out: Annotated[Path | None, typer.Option(help="Folder to write; RUN/predictions by default.")] = None,
+    store: MovedStore = None,
 ) -> None:
     """Apply a trained run to new pictures: colour PNG, raw array, and one page that shows them side by side."""
     import mmdiff_cache as mm
 
     folder = out or run / "predictions"
-    for prediction in mm.predict(run, images, out=folder):
+    with progress_bar("predict") as advance:
+        predictions = mm.predict(mm.load_model(run, store=store), images, out=folder, progress=advance)
+    for prediction in predictions:
         say(str(prediction))
     say(f"\npage  {folder / 'index.html'}")
 

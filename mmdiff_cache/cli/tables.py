@@ -1,7 +1,6 @@
 """Tables of `inspect`, and the same as JSON."""
 
 import dataclasses
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from mmdiff_cache.cli.console import next_command, out, say
+from mmdiff_cache.cli.console import next_command, out, print_json, say
 from mmdiff_cache.config import data_folder
 from mmdiff_cache.store.reader import open_store
 from mmdiff_cache.store.summary import (
@@ -63,19 +62,6 @@ def show_store(path: Path, *, as_json: bool) -> None:
     if summary.labels and any(states.done for states in summary.splits.values()):
         next_command("mmdiff-cache", "train", "--task", "depth", "--store", str(path))
     return None
-
-
-def print_json(value: Any) -> None:
-    """Strict JSON; what is no finite number becomes null."""
-    say(json.dumps(_finite(value), indent=2, allow_nan=False))
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def show_bytes(count: float) -> str:

@@ -6,7 +6,7 @@ The samples are the first ones of the split, never chosen, and each prediction c
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -24,6 +24,9 @@ from mmdiff_cache.tasks import Task, find_task
 from mmdiff_cache.training.build import Model, open_dataset
 from mmdiff_cache.training.run import Run, model_for_run
 from mmdiff_cache.training.scoring import predict_batch
+
+
+SCORE_NAMES: Final = {"miou": "mIoU", "s_measure": "S-measure", "abs_rel": "AbsRel"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,7 +80,7 @@ def prediction_sheet(shown: Sequence[Shown], title: str, note: str) -> Sheet:
         ]
         for number, image in enumerate(images)
     ]
-    columns = ["input", *(name for one in shown for name in (f"{one.task.name}: truth", "predicted"))]
+    columns = ["input", *(name for one in shown for name in (f"{one.task.name}, true", "predicted"))]
     named = next((one.label.classes for one in shown if one.label.classes), ())
     return Sheet(title=title, note=note, rows=rows, columns=columns, legend=visualize.legend_entries(named))
 
@@ -117,7 +120,7 @@ def _truth_and_guess(one: Shown, number: int, image: NDArray[np.uint8]) -> list[
     """The label and the prediction of one sample, on one colour scale."""
     truth, guess, score = one.truths[number], one.predictions[number], one.scores[number]
     span = visualize.depth_range(truth) if one.label.kind == "depth" else None
-    caption = "nothing to score" if score is None else f"{one.task.headline} {score:.3f}"
+    caption = "nothing to score" if score is None else f"{SCORE_NAMES.get(one.task.headline, one.task.headline)} {score:.3f}"
     unit = "" if span is None else f"{span[0]:.1f} to {span[1]:.1f} m"
     return [
         Tile(picture=colour(one.label, truth, image, span), caption=unit),

@@ -23,16 +23,16 @@ from mmdiff_cache.datasets.pictures import read_picture
 from mmdiff_cache.datasets.prompts import PromptRule, open_prompts
 from mmdiff_cache.datasets.registry import find_dataset
 from mmdiff_cache.datasets.transforms import prepare
-from mmdiff_cache.errors import BackboneError, CheckpointError, DataError
+from mmdiff_cache.errors import BackboneError, DataError
 from mmdiff_cache.extraction.extractor import Extractor, failures
 from mmdiff_cache.extraction.run import load_extractor
 from mmdiff_cache.inference.output import Prediction, write_predictions
 from mmdiff_cache.loader import NO_CONCEPTS, Batch, concept_maps, map_blocks
 from mmdiff_cache.records import FeatureBatch, LabelSpec, PreparedSample, Progress, Sample
-from mmdiff_cache.store.reader import Store, open_store
+from mmdiff_cache.store.reader import Store
 from mmdiff_cache.tasks import find_task
 from mmdiff_cache.training.build import Model
-from mmdiff_cache.training.run import Run, load_run, model_for_run
+from mmdiff_cache.training.run import Run, load_run, model_for_run, store_of
 from mmdiff_cache.training.scoring import predict_batch, select
 
 Picture = str | os.PathLike[str] | Sample
@@ -147,22 +147,17 @@ class TrainedModel:
         return np.repeat(maps[:, None, None], len(self.extractor.layers), axis=2)
 
 
-def load_model(run: Run | str | os.PathLike[str], weights: str = "ema") -> TrainedModel:
+def load_model(
+    run: Run | str | os.PathLike[str], weights: str = "ema", store: str | os.PathLike[str] | None = None
+) -> TrainedModel:
     """A trained run, ready to be given to `predict`. Weights: `ema`, `raw` or `best`.
 
-    Of the run's store only what it says about itself is read. Raises CheckpointError for a run that cannot be used or
-    whose store has been replaced, StoreError where the store is gone.
+    Of the run's store only what it says about itself is read; `store` says where it lies now, if it was moved. Raises
+    CheckpointError for a run that cannot be used or belongs to another store, StoreError where the store is gone.
     """
     opened = load_run(run if isinstance(run, Run) else Path(run))
-    store = open_store(opened.config.stores[0])
-    trained_on = opened.origin["fingerprint"]
-    if store.manifest.fingerprint != trained_on:
-        raise CheckpointError(
-            f"{opened.path} was trained on a store with identity {trained_on[:12]}, {store.path} now has "
-            f"{store.manifest.fingerprint[:12]}; put the former store back, or train again"
-        )
-    model = model_for_run(opened, weights).to(opened.config.device)
-    return TrainedModel(opened, store, model)
+    found = store_of(opened, None if store is None else Path(store))
+    return TrainedModel(opened, found, model_for_run(opened, weights).to(opened.config.device))
 
 
 def picture_id(path: Path, data_root: str | None) -> str:
