@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmdiff_cache.errors import StoreError
-from mmdiff_cache.records import FeatureBatch, PreparedSample
+from mmdiff_cache.records import STATISTICS, FeatureBatch, PreparedSample
 
 from .arrays import ArraySpec
 from .schema import LabelArray, StoreSchema
@@ -49,9 +49,9 @@ def check_batch(specs: Mapping[str, ArraySpec], features: FeatureBatch, samples:
 
 def sample_fault(schema: StoreSchema, sample: PreparedSample, row: Mapping[str, NDArray[Any]]) -> str | None:
     """Why one sample cannot be stored, in words; None when it can. `row` holds its features by path."""
-    for path, values in row.items():
-        if path != "audit" and not np.isfinite(values).all():
-            return _non_finite(schema, path, values)
+    reason = _non_finite(schema, row)
+    if reason is not None:
+        return reason
     if sample.image.dtype != np.uint8 or sample.image.shape != (*schema.image_size, 3):
         expected = [*schema.image_size, 3]
         return f"image must be uint8 {expected}, got {sample.image.dtype} {list(sample.image.shape)}"
@@ -59,13 +59,18 @@ def sample_fault(schema: StoreSchema, sample: PreparedSample, row: Mapping[str, 
     return next((fault for fault in faults if fault is not None), None)
 
 
-def _non_finite(schema: StoreSchema, path: str, values: NDArray[Any]) -> str:
-    bad = np.argwhere(~np.isfinite(values))
-    where = ""
-    if path == "hidden_states":
-        _, step, layer = (int(n) for n in bad[0, :3])
-        where = f", first at t = {schema.timesteps[step]:g}, layer {schema.layers[layer]}"
-    return f"{path} has {len(bad)} values that are not finite{where}"
+def _non_finite(schema: StoreSchema, row: Mapping[str, NDArray[Any]]) -> str | None:
+    # The clamp before the cast hides infinite values from what is stored, but not from the audit.
+    counted = row["audit"][..., STATISTICS.index("non_finite")]
+    if counted.any():
+        _, step, layer = (int(n) for n in np.argwhere(counted)[0])
+        place = f"t = {schema.timesteps[step]:g}, layer {schema.layers[layer]}"
+        return f"hidden states had {int(counted[0, step, layer])} values that are not finite at {place}"
+    for path, values in row.items():
+        bad = 0 if path == "audit" else values.size - int(np.isfinite(values).sum())
+        if bad:
+            return f"{path} has {bad} values that are not finite"
+    return None
 
 
 def _label_fault(schema: StoreSchema, label: LabelArray, sample: PreparedSample) -> str | None:

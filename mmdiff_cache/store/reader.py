@@ -154,16 +154,17 @@ class SplitReader:
         not stored.
         """
         steps = self._steps(timesteps)
-        places = range(len(self.layers)) if layers is None else [self.layer_index(layer) for layer in layers]
+        blocks = range(len(self.layers)) if layers is None else [self.layer_index(layer) for layer in layers]
         self._require(samples)
         variant = self._variant(variant)
-        shape = (len(samples), len(steps), len(places), *self._schema.grid, self.channels)
+        shape = (len(samples), len(steps), len(blocks), *self._schema.grid, self.channels)
         out = _target(out, shape, np.dtype(np.float16))
         for row, sample in enumerate(samples):
             with self._reading("hidden_states", (sample, variant)) as array:
                 for step, to_step in _runs(steps):
-                    for place, to_place in _runs(places):
-                        out[row, to_step, to_place] = array.get_basic_selection((sample, variant, step, place))
+                    for block, to_block in _runs(blocks):
+                        where = (sample, variant, step, block)
+                        out[row, to_step, to_block] = array.get_basic_selection(where)
         return out
 
     def concept_scores(

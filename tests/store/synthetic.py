@@ -97,6 +97,8 @@ def make_features(schema: StoreSchema, ids: list[str]) -> FeatureBatch:
     def draw(*shape: int, dtype: type = np.float32) -> np.ndarray:
         return np.stack([row.standard_normal(shape).astype(dtype) for row in rows])
 
+    audit = np.abs(draw(v, t, steps, len(STATISTICS)))
+    audit[..., STATISTICS.index("non_finite")] = 0
     return FeatureBatch(
         hidden_states=draw(v, t, steps, *schema.grid, schema.channels, dtype=np.float16),
         concept_scores={
@@ -104,7 +106,7 @@ def make_features(schema: StoreSchema, ids: list[str]) -> FeatureBatch:
         },
         concept_maps={x.name: draw(v, len(x.concepts), *schema.grid) for x in schema.vocabularies},
         latents=draw(*schema.grid, schema.latent_channels),
-        audit=np.abs(draw(v, t, steps, len(STATISTICS))),
+        audit=audit,
     )
 
 
