@@ -261,7 +261,7 @@ def test_gradient_reaches_every_parameter(preset: str) -> None:
 
 
 def test_starts_as_the_mean_over_timesteps_of_what_was_projected() -> None:
-    """LayerScale makes the fresh transformer the identity, and the head starts with nearly equal weights (App. F)."""
+    """LayerScale makes the fresh transformer the identity, and the weights start nearly equal (App. F)."""
     torch.manual_seed(0)
     model = TokenAggregator(channels=C, timesteps=T, width=D, cleanest=0, config=SMALL).eval()
     features = random_features()
