@@ -39,8 +39,8 @@ class TemporalAttention(nn.Module):
 class Dropout(nn.Module):
     """Dropout with probability `rate`; on a CPU three times as fast as PyTorch's own.
 
-    There the generator takes longer than all else, so one 64-bit number serves four values. The rate is met to
-    1 / 65536, and the values that stay are scaled by exactly the inverse of what was met.
+    There the generator takes longer than all else, so one 64-bit number serves four values. The rate is met
+    to 1 / 65536, and the values that stay are scaled by exactly the inverse of what was met.
     """
 
     def __init__(self, rate: float) -> None:
