@@ -4,8 +4,9 @@
     data[0]["hidden_states"]                 # float16 [T L h w C]
     for batch in make_loader(data, batch_size=8): ...
 
-Only the (timestep, layer) chunks that are asked for are read. Batches are prefetched by threads of this process:
-reading and decompressing release the interpreter's lock, and no second process needs a copy of anything.
+Only the (timestep, layer) chunks that are asked for are read. Batches are prefetched by threads of this
+process: reading and decompressing release the interpreter's lock, and no second process needs a copy of
+anything.
 """
 
 import logging
@@ -43,7 +44,9 @@ class Batch:
     """B samples as tensors on the CPU, ready for a model and its loss."""
 
     hidden_states: Float[Tensor, "B T L h w C"]
-    """float16 features; with source `latents` the float32 latent, with `images` the picture in [-1, 1]; then T = 1."""
+    """float16 features; with source `latents` the float32 latent, with `images` the picture in [-1, 1]; then
+    T = 1.
+    """
     concepts: Float[Tensor, "B K h w"] | None
     """Concept maps in [0, 1] that add up to 1 over the concepts."""
     discriminative: tuple[Tensor, ...]
@@ -56,7 +59,8 @@ class Batch:
 
 
 def concept_maps(scores: NDArray[np.float32], blocks: Sequence[int]) -> NDArray[np.float32]:
-    """Raw scores [B T block K h w] -> maps [B K h w]: softmax over the concepts, then the mean over blocks and timesteps.
+    """Raw scores [B T block K h w] -> maps [B K h w]: softmax over the concepts, then the mean over blocks
+    and timesteps.
 
     `blocks` are positions on the block axis. Paper: Sec. 3.2, Eq. 4.
     """
@@ -109,15 +113,17 @@ class SampleMemory:
 
 
 class CachedFeatureDataset(Dataset[dict[str, Tensor]]):
-    """The samples of one split of a store with the chosen layers and timesteps, in the order in which they are given.
+    """The samples of one split of a store with the chosen layers and timesteps, in the order in which they
+    are given.
 
-    `concepts` names a stored vocabulary; its maps are averaged over the chosen timesteps. `labels` names label sets.
-    `source="latents"` yields the clean VAE latent, `"images"` the picture, in place of the transformer's features: once
-    for every chosen layer, so that the same head can be trained on them. `indices` picks samples of the split, by
-    default all. Up to `memory` bytes of decoded samples are kept, so that a small split is read only once.
+    `concepts` names a stored vocabulary; its maps are averaged over the chosen timesteps. `labels` names
+    label sets. `source="latents"` yields the clean VAE latent, `"images"` the picture, in place of the
+    transformer's features: once for every chosen layer, so that the same head can be trained on them.
+    `indices` picks samples of the split, by default all. Up to `memory` bytes of decoded samples are kept, so
+    that a small split is read only once.
 
-    Raises ConfigError for anything that the store does not hold, StoreIncomplete for a sample that was never finished.
-    A sample that extraction marked as failed is left out, with a warning.
+    Raises ConfigError for anything that the store does not hold, StoreIncomplete for a sample that was never
+    finished. A sample that extraction marked as failed is left out, with a warning.
     """
 
     def __init__(
@@ -165,7 +171,7 @@ class CachedFeatureDataset(Dataset[dict[str, Tensor]]):
         return len(self.indices)
 
     def __getitem__(self, position: int) -> dict[str, Tensor]:
-        """One sample: `hidden_states` [T L h w C], `concepts` [K h w], each label [H W] by its name, `index`."""
+        """One sample: `hidden_states` [T L h w C], `concepts` [K h w], labels [H W] by name, `index`."""
         batch = self.batch([position])
         item = {"hidden_states": batch.hidden_states[0], "index": batch.indices[0]}
         if batch.concepts is not None:
@@ -249,7 +255,7 @@ def usable_samples(reader: SplitReader, samples: Sequence[int]) -> tuple[int, ..
     if missing:
         raise StoreIncomplete(
             f"{len(missing)} of {len(samples)} samples of {reader.path} were never finished, first "
-            f"{reader.ids[missing[0]]!r}; run the extraction again, it goes on, or take fewer samples (--limit)"
+            f"{reader.ids[missing[0]]!r}; run the extraction again, it goes on, or take fewer (--limit)"
         )
     failed = [sample for sample in samples if reader.state(sample) == "failed"]
     if failed:
@@ -273,10 +279,12 @@ def make_loader(
     threads: int = PREFETCH_THREADS,
     ahead: int = BATCHES_AHEAD,
 ) -> Iterator[Batch]:
-    """Batches number `start` to `start + steps`, counted over all epochs; by default the rest of the epoch of `start`.
+    """Batches number `start` to `start + steps`, counted over all epochs; by default the rest of the epoch of
+    `start`.
 
-    Each epoch is a true shuffle of the whole split, given by (seed, epoch) alone, so that a training that goes on at
-    step n sees what it would have seen. At most `ahead` batches wait in memory while `threads` threads read on.
+    Each epoch is a true shuffle of the whole split, given by (seed, epoch) alone, so that a training that
+    goes on at step n sees what it would have seen. At most `ahead` batches wait in memory while `threads`
+    threads read on.
     """
     per_epoch = batches_per_epoch(len(dataset), batch_size, drop_last=drop_last)
     stop = start + (per_epoch - start % per_epoch if steps is None else steps)

@@ -29,7 +29,9 @@ SUBSETS: Mapping[tuple[str, str], tuple[str, tuple[str, ...]]] = {
     ("scenes", "segmentation"): ("shapes", SHAPES),
     ("scenes", "material"): ("materials", TEXTURES),
 }
-"""By (data set, label set): the classes whose mean IoU is the headline, where easy ones would blur it (sky, ground)."""
+"""By (data set, label set): the classes whose mean IoU is the headline, where easy ones would blur it (sky,
+ground).
+"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,7 +89,9 @@ def _ignore(spec: LabelSpec) -> int:
 
 def _valid_range(spec: LabelSpec) -> tuple[float, float]:
     if spec.valid_range is None:
-        raise ConfigError(f"label set {spec.name!r} has no valid range of depths; its data set must state one in metres")
+        raise ConfigError(
+            f"label set {spec.name!r} has no valid range of depths; its data set must state one in metres"
+        )
     low, high = spec.valid_range
     return float(low), float(high)
 

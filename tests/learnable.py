@@ -1,8 +1,8 @@
 """A store whose labels can be read off its features: what a working training must learn from it.
 
-Each token has one of four classes, shown in its hidden states as the largest of four channels under noise, at every
-layer and timestep. Depth, material and salience follow from the class. Original labels are larger than the network input
-and of another size for every sample.
+Each token has one of four classes, shown in its hidden states as the largest of four channels under noise, at
+every layer and timestep. Depth, material and salience follow from the class. Original labels are larger than
+the network input and of another size for every sample.
 """
 
 from collections.abc import Callable
@@ -14,10 +14,9 @@ import torch
 from mmdiff_cache.datasets.scenes import LABELS as SCENES_LABELS
 from mmdiff_cache.datasets.scenes import RenderedScenes
 from mmdiff_cache.datasets.transforms import prepare
-
 from mmdiff_cache.records import STATISTICS, FeatureBatch, LabelSpec, PreparedSample
-from mmdiff_cache.store.schema import LabelArray, StoreSchema, Vocabulary
 from mmdiff_cache.store.manifest import Manifest
+from mmdiff_cache.store.schema import LabelArray, StoreSchema, Vocabulary
 from mmdiff_cache.store.writer import open_writer
 
 GRID, PATCH, CHANNELS, LATENT = 4, 8, 32, 4
@@ -61,10 +60,15 @@ def make_schema(**changes: object) -> StoreSchema:
 
 def make_manifest(schema: StoreSchema, splits: dict[str, int], dataset: str, prompts: str) -> Manifest:
     return Manifest(
-        identity={"weights_sha256": "0" * 64, "dtype": "float32", "noise": {"form": "flow", "seed": 0, "shared": True}},
+        identity={
+            "weights_sha256": "0" * 64,
+            "dtype": "float32",
+            "noise": {"form": "flow", "seed": 0, "shared": True},
+        },
         schema=schema,
         splits={
-            split: tuple(f"{dataset}-{split}-{n:06d}" for n in range(count)) for split, count in splits.items()
+            split: tuple(f"{dataset}-{split}-{n:06d}" for n in range(count))
+            for split, count in splits.items()
         },
         provenance={"backbone": "flux-tiny"},
         config={"dataset": dataset, "prompts": prompts},
@@ -155,7 +159,9 @@ def write_store(
     sample: Callable[[str], PreparedSample] = make_sample,
     spoilt: str | None = None,
 ) -> Path:
-    """Write a store through the real writer. `spoilt` is a sample whose features are as large as float16 can hold."""
+    """Write a store through the real writer. `spoilt` is a sample whose features are as large as float16 can
+    hold.
+    """
     schema = schema or make_schema()
     manifest = make_manifest(schema, {"train": train, "test": test}, dataset, prompts)
     with open_writer(path, manifest) as writer:

@@ -1,5 +1,8 @@
-"""The loader hands over what the store holds, reads no more than it must, and shuffles so that a training can go on."""
+"""The loader hands over what the store holds, reads no more than it must, and shuffles so that a training can
+go on.
+"""
 
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -57,7 +60,9 @@ def test_a_sample_is_what_the_store_holds(learnable_store: Path) -> None:
 
 
 def test_a_batch_is_its_samples(learnable_store: Path) -> None:
-    data = CachedFeatureDataset(learnable_store, concepts="saliency", labels=("saliency",), indices=[7, 2, 11])
+    data = CachedFeatureDataset(
+        learnable_store, concepts="saliency", labels=("saliency",), indices=[7, 2, 11]
+    )
     batch = data.batch([2, 0])
     assert batch.indices.tolist() == [11, 7]
     assert batch.ids == ("blocks-train-000011", "blocks-train-000007")
@@ -136,18 +141,20 @@ def positions(batches: list[Batch]) -> list[list[int]]:
 def test_every_epoch_is_another_shuffle_of_the_whole_split(learnable_store: Path) -> None:
     data = CachedFeatureDataset(learnable_store, layers=LAYERS[:1], timesteps=TIMESTEPS[:1])
     epochs = [positions(list(make_loader(data, 5, seed=3, start=4 * epoch))) for epoch in range(3)]
-    orders = [sum(epoch, []) for epoch in epochs]
+    orders = [list(chain.from_iterable(epoch)) for epoch in epochs]
     for order in orders:
         assert sorted(order) == list(range(16))
     assert len({tuple(order) for order in orders}) == 3
-    assert orders[0] != sum(positions(list(make_loader(data, 5, seed=4))), [])
+    assert orders[0] != list(chain.from_iterable(positions(list(make_loader(data, 5, seed=4)))))
     assert [len(batch) for batch in epochs[0]] == [5, 5, 5, 1]
 
 
 def test_the_order_depends_on_nothing_but_seed_and_epoch(learnable_store: Path) -> None:
     data = CachedFeatureDataset(learnable_store, layers=LAYERS[:1], timesteps=TIMESTEPS[:1])
     whole = positions(list(make_loader(data, 5, seed=3, drop_last=True, steps=11)))
-    assert positions(list(make_loader(data, 5, seed=3, drop_last=True, steps=11, threads=4, ahead=9))) == whole
+    assert (
+        positions(list(make_loader(data, 5, seed=3, drop_last=True, steps=11, threads=4, ahead=9))) == whole
+    )
     for start in (1, 4, 7):
         rest = make_loader(data, 5, seed=3, drop_last=True, start=start, steps=11 - start)
         assert positions(list(rest)) == whole[start:]
@@ -218,7 +225,7 @@ def test_failed_samples_are_left_out_with_a_warning(tmp_path: Path, caplog: pyte
 
 def test_unfinished_samples_are_refused_by_name(tmp_path: Path) -> None:
     store = write_store(tmp_path / "store", train=8, test=1, stop_after=1)
-    with pytest.raises(StoreIncomplete, match="4 of 8 samples .* first 'blocks-train-000004'.*--limit"):
+    with pytest.raises(StoreIncomplete, match=r"4 of 8 samples .* first 'blocks-train-000004'.*--limit"):
         CachedFeatureDataset(store)
     assert len(CachedFeatureDataset(store, indices=range(4))) == 4
 

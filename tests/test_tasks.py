@@ -1,4 +1,4 @@
-"""Every entry of TASKS is whole: its loss, prediction, metric and headline fit each other and its label set."""
+"""Every entry of TASKS is whole: its loss, prediction, metric and headline fit each other and the labels."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,10 @@ from mmdiff_cache.records import LabelSpec
 from mmdiff_cache.tasks import TASKS, Task, better, find_task, headline, out_channels
 from tests.learnable import LABELS, SCENES_LABELS
 
-SPECS = {"blocks": {spec.name: spec for spec in LABELS}, "scenes": {spec.name: spec for spec in SCENES_LABELS}}
+SPECS = {
+    "blocks": {spec.name: spec for spec in LABELS},
+    "scenes": {spec.name: spec for spec in SCENES_LABELS},
+}
 
 
 def drawn(task: Task, spec: LabelSpec) -> tuple[torch.Tensor, torch.Tensor]:
@@ -90,7 +93,9 @@ def test_default_vocabularies_are_those_that_scenes_stores() -> None:
 
 
 def test_an_unknown_task_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match="task 'normals' is not known; there are segmentation, material, saliency, depth"):
+    with pytest.raises(
+        ConfigError, match="task 'normals' is not known; there are segmentation, material, saliency, depth"
+    ):
         find_task("normals")
 
 

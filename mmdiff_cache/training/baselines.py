@@ -1,7 +1,7 @@
 """What can be had without features: predictors that a score has to beat before it means anything.
 
-Those of BASELINES need no training and are fitted when a run is evaluated. Those of TRAINED are trainings of their own,
-with the steps, batches, labels and losses of the run; they are kept in the run's folder.
+Those of BASELINES need no training and are fitted when a run is evaluated. Those of TRAINED are trainings of
+their own, with the steps, batches, labels and losses of the run; they are kept in the run's folder.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..config import TrainConfig
-from ..errors import StoreError
-from ..loader import NO_CONCEPTS, Batch, CachedFeatureDataset
-from ..records import LabelKind, LabelSpec
-from ..scenes import Scene, render_scene
-from ..store.reader import SplitReader
-from ..tasks import SUBSETS, Task
+from mmdiff_cache.config import TrainConfig
+from mmdiff_cache.errors import StoreError
+from mmdiff_cache.loader import NO_CONCEPTS, Batch, CachedFeatureDataset
+from mmdiff_cache.records import LabelKind, LabelSpec
+from mmdiff_cache.scenes import Scene, render_scene
+from mmdiff_cache.store.reader import SplitReader
+from mmdiff_cache.tasks import SUBSETS, Task
+
 from . import pixels
 from .scoring import Predictor
 
@@ -157,7 +158,9 @@ def _objects(fitting: Fitting, choose: Callable[[Scene], Maps]) -> Predictor:
     def predict(batch: Batch, sizes: Sequence[tuple[int, int]]) -> list[Maps]:
         scenes = [_rendered(sample_id, size[0]) for sample_id, size in zip(batch.ids, sizes, strict=True)]
         for scene, index in zip(scenes, batch.indices.tolist(), strict=True):
-            if not np.array_equal(scene.salient_mask, fitting.reader.original_label(fitting.label.name, index)):
+            if not np.array_equal(
+                scene.salient_mask, fitting.reader.original_label(fitting.label.name, index)
+            ):
                 raise StoreError(
                     f"{scene.sample_id} in {fitting.reader.path} is not what this version renders; "
                     "extract the scenes again, or use the release that did"
@@ -222,7 +225,9 @@ TRAINED: tuple[TrainedBaseline, ...] = (
 
 
 def trained_config(baseline: TrainedBaseline, config: TrainConfig, run: Path) -> TrainConfig:
-    """The training of a baseline beside a run: equal steps and batches, no concepts, its folder inside the run's."""
+    """The training of a baseline beside a run: equal steps and batches, no concepts, its folder inside the
+    run's.
+    """
     folder = run / "baselines" / baseline.source
     return replace(baseline.changes(config), run=str(folder), concepts=NO_CONCEPTS, discriminative=())
 

@@ -6,14 +6,15 @@ from typing import Any
 
 import numpy as np
 
-from ..config import Config, TrainConfig, filled
-from ..errors import CheckpointError, ConfigError
-from ..loader import CachedFeatureDataset, sample_order
-from ..models.mmdiff import MMDiff, ModelSpec, resolve_model
-from ..records import LabelSpec
-from ..store.manifest import hash_of_ids
-from ..store.reader import Store, open_store
-from ..tasks import Task, find_task, out_channels
+from mmdiff_cache.config import TrainConfig, filled
+from mmdiff_cache.errors import CheckpointError, ConfigError
+from mmdiff_cache.loader import CachedFeatureDataset, sample_order
+from mmdiff_cache.models.mmdiff import MMDiff, ModelSpec, resolve_model
+from mmdiff_cache.records import LabelSpec
+from mmdiff_cache.store.manifest import hash_of_ids
+from mmdiff_cache.store.reader import Store, open_store
+from mmdiff_cache.tasks import Task, find_task, out_channels
+
 from .pixels import PIXELS_MULTIPLE, PixelSpec, PixelUNet
 from .resolve import TRAIN_SPLIT, Origin, label_spec, origin, training_samples
 
@@ -42,7 +43,9 @@ def spec_to_json(spec: Spec) -> dict[str, Any]:
 
 
 def spec_from_json(values: Mapping[str, Any]) -> Spec:
-    """Read back what `spec_to_json` gave. Raises CheckpointError for a kind or a field that this code does not know."""
+    """Read back what `spec_to_json` gave. Raises CheckpointError for a kind or a field that this code does
+    not know.
+    """
     fields = dict(values)
     kind = fields.pop("kind", None)
     if kind not in _KINDS:
@@ -74,7 +77,9 @@ class Setup:
 
     @property
     def store_identity(self) -> dict[str, str]:
-        """What a checkpoint must have in common with the store to go on: where it comes from, and the samples."""
+        """What a checkpoint must have in common with the store to go on: where it comes from, and the
+        samples.
+        """
         ids = [self.samples.reader.ids[index] for index in self.samples.indices]
         return {
             "fingerprint": self.origin.fingerprint,
@@ -107,7 +112,9 @@ def set_up(config: TrainConfig) -> Setup:
 def open_dataset(
     config: TrainConfig, store: Store, split: str, indices: tuple[int, ...] | None = None, share: float = 0.0
 ) -> CachedFeatureDataset:
-    """The samples of a split, read the way a resolved configuration says; `share` of its memory may keep them."""
+    """The samples of a split, read the way a resolved configuration says; `share` of its memory may keep
+    them.
+    """
     return CachedFeatureDataset(
         store,
         split,
@@ -183,5 +190,7 @@ def typical_depth(samples: CachedFeatureDataset, label: LabelSpec) -> float:
         valid = depth[(depth > low) & (depth < high)].astype(np.float64)
         total, count = total + float(np.log(valid).sum()), count + valid.size
     if not count:
-        raise ConfigError(f"label set {label.name!r} of {samples.store.path} has no depth within {low:g} to {high:g} m")
+        raise ConfigError(
+            f"label set {label.name!r} of {samples.store.path} has no depth within {low:g} to {high:g} m"
+        )
     return float(np.exp(total / count))

@@ -1,8 +1,9 @@
 """Checkpoints: one safetensors file each, tensors and a JSON header, never a pickle.
 
-`last.safetensors` holds all that a training needs to go on exactly: raw and averaged weights, the optimiser, the random
-states. `best.safetensors` holds only the averaged weights that scored best on the held-out samples. The header carries
-the step, the resolved configuration, the model's spec and the identity of the store.
+`last.safetensors` holds all that a training needs to go on exactly: raw and averaged weights, the optimiser,
+the random states. `best.safetensors` holds only the averaged weights that scored best on the held-out
+samples. The header carries the step, the resolved configuration, the model's spec and the identity of the
+store.
 """
 
 import json
@@ -17,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..errors import CheckpointError, StorageError
+from mmdiff_cache.errors import CheckpointError, StorageError
 
 FORMAT_VERSION = 1
 LAST, BEST = "last.safetensors", "best.safetensors"
@@ -63,7 +64,9 @@ def save(path: Path, header: Header, groups: Groups) -> None:
         os.replace(partial, path)
         sync(path.parent)
     except (OSError, SafetensorError) as error:
-        raise StorageError(f"cannot write checkpoint {path}: {error}; the last complete one is unchanged") from error
+        raise StorageError(
+            f"cannot write checkpoint {path}: {error}; the last complete one is unchanged"
+        ) from error
 
 
 def sync(path: Path) -> None:
@@ -76,7 +79,7 @@ def sync(path: Path) -> None:
 
 
 def write_json(path: Path, values: Any) -> None:
-    """Write a JSON document atomically, for people to read. Raises StorageError when the file system refuses."""
+    """Write a JSON document atomically. Raises StorageError when the file system refuses."""
     partial = path.with_name(f".{path.name}.partial")
     try:
         partial.write_text(json.dumps(values, indent=2, sort_keys=False) + "\n", encoding="utf-8")
@@ -87,7 +90,9 @@ def write_json(path: Path, values: Any) -> None:
 
 
 def read_header(path: Path) -> Header:
-    """The header alone, without reading a tensor. Raises CheckpointError for a missing, damaged or newer file."""
+    """The header alone, without reading a tensor. Raises CheckpointError for a missing, damaged or newer
+    file.
+    """
     with _open(path) as file:
         text = (file.metadata() or {}).get("mmdiff_cache")
     if text is None:
@@ -116,21 +121,28 @@ def _open(path: Path) -> safe_open:
     try:
         return safe_open(path, framework="pt")
     except FileNotFoundError:
-        raise CheckpointError(f"{path} does not exist: the training has not reached its first checkpoint") from None
+        raise CheckpointError(
+            f"{path} does not exist: the training has not reached its first checkpoint"
+        ) from None
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}; it was cut or overwritten") from error
 
 
 def load_weights(model: torch.nn.Module, path: Path, group: str) -> None:
-    """Fill a model from one group of a checkpoint. Raises CheckpointError naming the first tensor that does not fit."""
+    """Fill a model from one group of a checkpoint. Raises CheckpointError naming the first tensor that does
+    not fit.
+    """
     tensors, wanted = read_group(path, group), model.state_dict()
     for name in sorted(tensors.keys() ^ wanted.keys()):
         where = "the checkpoint" if name in wanted else "the model"
-        raise CheckpointError(f"{path}: {where} has no tensor {name!r}; it was trained with another configuration")
+        raise CheckpointError(
+            f"{path}: {where} has no tensor {name!r}; it was trained with another configuration"
+        )
     for name, tensor in tensors.items():
         if tensor.shape != wanted[name].shape:
             raise CheckpointError(
-                f"{path}: tensor {name!r} has shape {tuple(tensor.shape)}, the model needs {tuple(wanted[name].shape)}"
+                f"{path}: tensor {name!r} has shape {tuple(tensor.shape)}, "
+                f"the model needs {tuple(wanted[name].shape)}"
             )
     model.load_state_dict(tensors)
 
@@ -139,7 +151,9 @@ def pack_optimiser(optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The optimiser's running averages and step counts as flat tensors named `<parameter>/<what>`."""
     state = optimiser.state_dict()["state"]
     return {
-        f"{index}/{key}": torch.as_tensor(value) for index, members in state.items() for key, value in members.items()
+        f"{index}/{key}": torch.as_tensor(value)
+        for index, members in state.items()
+        for key, value in members.items()
     }
 
 

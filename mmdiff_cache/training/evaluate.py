@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..config import filled
-from ..errors import ConfigError, StorageError
-from ..loader import CachedFeatureDataset
-from ..records import Progress
-from ..store.reader import Store
-from ..tasks import SUBSETS, Task, find_task, headline
+from mmdiff_cache.config import filled
+from mmdiff_cache.errors import ConfigError, StorageError
+from mmdiff_cache.loader import CachedFeatureDataset
+from mmdiff_cache.records import Progress
+from mmdiff_cache.store.reader import Store
+from mmdiff_cache.tasks import SUBSETS, Task, find_task, headline
+
 from . import checkpoint
 from .baselines import Fitting, baselines_for, trained_config, trained_for
 from .build import open_dataset, split_samples
@@ -75,12 +76,13 @@ def evaluate(
 ) -> Evaluation:
     """Score a run on a split: by default `test` if the store has it, else `val`; batches are streamed.
 
-    Weights are `ema` (the average at the last step, the default), `raw` or `best`; averaged and raw are both scored.
-    The baselines that are trainings of their own are shown once they are trained; `with_trained_baselines` trains them
-    first. `store` says where the run's store lies now. The result is also written into the run's folder.
+    Weights are `ema` (the average at the last step, the default), `raw` or `best`; averaged and raw are both
+    scored. The baselines that are trainings of their own are shown once they are trained;
+    `with_trained_baselines` trains them first. `store` says where the run's store lies now. The result is
+    also written into the run's folder.
 
-    Raises ConfigError for a split or weights there are not, CheckpointError for a run that cannot be used or belongs
-    to another store, StoreError for a store that cannot be read.
+    Raises ConfigError for a split or weights there are not, CheckpointError for a run that cannot be used or
+    belongs to another store, StoreError for a store that cannot be read.
     """
     run = load_run(run)
     opened, task = store_of(run, store), find_task(run.config.task)
@@ -88,7 +90,9 @@ def evaluate(
     if with_trained_baselines:
         train_baselines(run, opened, progress)
     dataset = open_dataset(run.config, opened, split)
-    models = {name: model_for_run(run, name).to(run.config.device) for name in dict.fromkeys((weights, EMA, RAW))}
+    models = {
+        name: model_for_run(run, name).to(run.config.device) for name in dict.fromkeys((weights, EMA, RAW))
+    }
     fitting = Fitting(
         task=task,
         label=dataset.reader.label_specs[task.label],
@@ -98,7 +102,10 @@ def evaluate(
     )
     simple = baselines_for(fitting)
     found = score(
-        {**{name: model_predictor(model, task, run.config.precision) for name, model in models.items()}, **simple},
+        {
+            **{name: model_predictor(model, task, run.config.precision) for name, model in models.items()},
+            **simple,
+        },
         dataset,
         task,
         data_set=fitting.data_set,
@@ -131,7 +138,7 @@ def evaluate(
 
 
 def train_baselines(run: Run, store: Store, progress: Progress | None = None) -> dict[str, Run]:
-    """Train the baselines that need it, with equal steps, in the run's folder; those that are there are kept."""
+    """Train the baselines that need it, with equal steps, in the run's folder; finished ones are kept."""
     config = dataclasses.replace(run.config, stores=(str(store.path),))
     return {
         name: train(trained_config(entry, config, run.path), progress)
@@ -165,7 +172,8 @@ def _pick_split(store: Store, split: str | None) -> str:
         split = next((name for name in SPLITS if name in store.splits), None)
         if split is None:
             raise ConfigError(
-                f"{store.path} has neither a test nor a val split; name one of {', '.join(store.splits)} with --split"
+                f"{store.path} has neither a test nor a val split; "
+                f"name one of {', '.join(store.splits)} with --split"
             )
     if split not in store.splits:
         raise ConfigError(f"{store.path} has no split {split!r}; it has {', '.join(store.splits)}")
@@ -187,9 +195,10 @@ def _protocol(dataset: CachedFeatureDataset, task: Task, split: str) -> str:
     how = {
         "classes": f"IoU from one confusion matrix over all samples, id {label.ignore} not counted",
         "mask": "S-measure, maximum F of the mean curve and MAE by pysodmetrics",
-        "depth": f"each sample's errors first, then their mean; depths in {label.valid_range} m, no alignment",
+        "depth": f"each sample's errors, then their mean; depths in {label.valid_range} m, no alignment",
     }[label.kind]
-    return f"{len(dataset)} samples of {split}{left_out}; outputs resized to the labels' original size first; {how}"
+    size = "outputs resized to the labels' original size first"
+    return f"{len(dataset)} samples of {split}{left_out}; {size}; {how}"
 
 
 def _keep(run: Run, result: Evaluation) -> None:
@@ -227,7 +236,9 @@ def _lines(result: Evaluation) -> list[str]:
 
 def _columns(result: Evaluation) -> list[str]:
     """The scores to show, the headline first; classes that the headline leaves out stand beside it."""
-    numbers = [key for key, value in result.scores.items() if isinstance(value, float) and key != result.headline]
+    numbers = [
+        key for key, value in result.scores.items() if isinstance(value, float) and key != result.headline
+    ]
     subset = SUBSETS.get((result.data_set, find_task(result.task).label))
     outside = [name for name in result.scores.get("iou", {}) if subset is not None and name not in subset[1]]
     return [result.headline, *outside, *numbers]

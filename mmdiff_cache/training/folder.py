@@ -1,12 +1,13 @@
-"""The folder of a run: claimed once, locked while it is trained, with its log, its metrics and what it ran on.
+"""The folder of a run: claimed once, locked while it is trained, with its log, its metrics and what it ran
+on.
 
-    runs/depth-scenes-flux-scenes-1/
-        config.json         the resolved configuration; `train --config` takes it back
-        environment.json    versions, device, threads
-        metrics.jsonl       one line each: losses, and scores on the held-out samples
-        train.log
-        last.safetensors    everything needed to go on
-        best.safetensors    the averaged weights that scored best on the held-out samples
+runs/depth-scenes-flux-scenes-1/
+    config.json         the resolved configuration; `train --config` takes it back
+    environment.json    versions, device, threads
+    metrics.jsonl       one line each: losses, and scores on the held-out samples
+    train.log
+    last.safetensors    everything needed to go on
+    best.safetensors    the averaged weights that scored best on the held-out samples
 """
 
 import fcntl
@@ -23,7 +24,7 @@ from typing import Any
 
 import torch
 
-from ..errors import ConfigError, StorageError
+from mmdiff_cache.errors import ConfigError, StorageError
 
 RUNS = Path("runs")
 CONFIG, ENVIRONMENT, METRICS, LOG = "config.json", "environment.json", "metrics.jsonl", "train.log"
@@ -46,7 +47,9 @@ def new_folder(name: str, runs: Path = RUNS) -> Path:
 
 
 def open_folder(folder: Path) -> bool:
-    """Make a named run folder, or find it; say whether a run is in it. Raises ConfigError if something else is."""
+    """Make a named run folder, or find it; say whether a run is in it. Raises ConfigError if something else
+    is.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         entries = [entry.name for entry in folder.iterdir()]
@@ -62,18 +65,24 @@ def open_folder(folder: Path) -> bool:
 
 
 def _refused(folder: Path, error: OSError) -> StorageError:
-    return StorageError(f"cannot make the run folder {folder}: {error.strerror or error}; choose another with --run")
+    return StorageError(
+        f"cannot make the run folder {folder}: {error.strerror or error}; choose another with --run"
+    )
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the folder for one training. The lock dies with the process. Raises ConfigError if another one holds it."""
+    """Hold the folder for one training. The lock dies with the process. Raises ConfigError if another one
+    holds it.
+    """
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ConfigError(f"{folder} is being trained by another process; wait for it or choose another --run") from None
+            raise ConfigError(
+                f"{folder} is being trained by another process; wait for it or choose another --run"
+            ) from None
         yield
     finally:
         os.close(descriptor)

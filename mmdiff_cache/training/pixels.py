@@ -1,7 +1,7 @@
 """A small U-Net on the pictures themselves: what the task is worth without any backbone.
 
-It takes the place of the aggregators and the decoder (`source="images"`), so that it is trained, stored and scored by
-the same code with the same steps, losses and labels. A baseline, not a part of the paper.
+It takes the place of the aggregators and the decoder (`source="images"`), so that it is trained, stored and
+scored by the same code with the same steps, losses and labels. A baseline, not a part of the paper.
 """
 
 import math
@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..config import Config
+from mmdiff_cache.config import Config
 
 WIDTHS = (32, 48, 64, 96)
 """Channels at 1/2, 1/4, 1/8 and 1/16 of the picture's size: about 0.5 M parameters."""
@@ -23,7 +23,9 @@ GROUPS = 8
 PIXELS_MULTIPLE = 16
 """Sides of the pictures must be multiples of it: four halvings."""
 LEARNING_RATE = 2e-3
-"""It starts from nothing, so it learns twenty times as fast as heads on frozen features, lest it be a straw man."""
+"""It starts from nothing, so it learns twenty times as fast as heads on frozen features, lest it be a straw
+man.
+"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,7 +57,9 @@ class Stage(nn.Sequential):
 
 
 class PixelUNet(nn.Module):
-    """Four scales down, three up, on 2 x 2 pixels at a time. Called like `MMDiff`, with the picture as its features."""
+    """Four scales down, three up, on 2 x 2 pixels at a time. Called like `MMDiff`, with the picture as its
+    features.
+    """
 
     def __init__(self, spec: PixelSpec) -> None:
         super().__init__()

@@ -8,15 +8,15 @@ from typing import TypeVar
 
 import torch
 
-from ..config import AggregatorConfig, TrainConfig, data_folder
-from ..errors import ConfigError, MMDiffError
-from ..loader import NO_CONCEPTS, usable_samples
-from ..models.aggregator import resolve_aggregator
-from ..models.mmdiff import default_decoder_width
-from ..records import LabelSpec
-from ..store.manifest import MANIFEST
-from ..store.reader import SplitReader, Store, open_store
-from ..tasks import Task, find_task
+from mmdiff_cache.config import AggregatorConfig, TrainConfig, data_folder
+from mmdiff_cache.errors import ConfigError, MMDiffError
+from mmdiff_cache.loader import NO_CONCEPTS, usable_samples
+from mmdiff_cache.models.aggregator import resolve_aggregator
+from mmdiff_cache.models.mmdiff import default_decoder_width
+from mmdiff_cache.records import LabelSpec
+from mmdiff_cache.store.manifest import MANIFEST
+from mmdiff_cache.store.reader import SplitReader, Store, open_store
+from mmdiff_cache.tasks import Task, find_task
 
 T = TypeVar("T")
 
@@ -53,7 +53,8 @@ def origin(store: Store) -> Origin:
 def resolve(config: TrainConfig) -> TrainConfig:
     """Fill every None but `run` from the task and the store; paths become absolute.
 
-    Raises ConfigError for what the task or the store does not offer, StoreError for a store that cannot be read.
+    Raises ConfigError for what the task or the store does not offer, StoreError for a store that cannot be
+    read.
     """
     task = find_task(config.task)
     store = open_store(find_store(config, task))
@@ -66,7 +67,9 @@ def resolve(config: TrainConfig) -> TrainConfig:
         stores=(str(store.path.absolute()),),
         run=None if config.run is None else str(Path(config.run).expanduser().absolute()),
         layers=_in_stored_order(reader.layers, map(reader.layer_index, config.layers or reader.layers)),
-        timesteps=_in_stored_order(reader.timesteps, map(reader.timestep_index, config.timesteps or reader.timesteps)),
+        timesteps=_in_stored_order(
+            reader.timesteps, map(reader.timestep_index, config.timesteps or reader.timesteps)
+        ),
         concepts=_concepts(config, task, reader),
         aggregator=_aggregator(config, width),
         decoder=config.decoder or task.decoder,
@@ -141,7 +144,8 @@ def pick_device(name: str) -> str:
 
 
 def training_samples(reader: SplitReader, limit: int | None) -> tuple[int, ...]:
-    """Positions of the samples of the training split that may be used: the first `limit`, less those that failed.
+    """Positions of the samples of the training split that may be used: the first `limit`, less those that
+    failed.
 
     Raises StoreIncomplete naming the first sample among them that was never finished.
     """

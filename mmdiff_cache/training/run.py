@@ -1,7 +1,7 @@
 """Trains heads from a store and nothing else: `train(TrainConfig(task="depth"))` gives a run folder.
 
-The same configuration and seed give the same weights, bit for bit, on the same CPU with the same number of threads,
-whether or not the training was interrupted and continued.
+The same configuration and seed give the same weights, bit for bit, on the same CPU with the same number of
+threads, whether or not the training was interrupted and continued.
 """
 
 import logging
@@ -17,12 +17,13 @@ import torch
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
-from ..config import TrainConfig, filled
-from ..errors import CheckpointError, ConfigError, StoreError, TrainingError
-from ..loader import Batch, make_loader
-from ..records import Progress
-from ..store.reader import Store, open_store
-from ..tasks import better, find_task, headline
+from mmdiff_cache.config import TrainConfig, filled
+from mmdiff_cache.errors import CheckpointError, ConfigError, StoreError, TrainingError
+from mmdiff_cache.loader import Batch, make_loader
+from mmdiff_cache.records import Progress
+from mmdiff_cache.store.reader import Store, open_store
+from mmdiff_cache.tasks import better, find_task, headline
+
 from . import checkpoint
 from .build import Model, Setup, build_model, set_up, spec_from_json, spec_to_json
 from .checkpoint import BEST, EMA, LAST, OPTIMISER, RAW, RNG, Header
@@ -42,7 +43,7 @@ from .folder import (
 )
 from .optim import make_optimizer, make_schedule
 from .resolve import resolve
-from .scoring import autocast, forward_batch, model_predictor, score
+from .scoring import forward_batch, model_predictor, score
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +71,9 @@ class Run:
     step: int
     """Steps that the last checkpoint has done."""
     scores: Mapping[str, Mapping[str, Any]] = field(default_factory=dict[str, Mapping[str, Any]])
-    """Scores on the held-out samples at the last checkpoint, by weights: `ema`, and `raw` once it has finished."""
+    """Scores on the held-out samples at the last checkpoint, by weights: `ema`, and `raw` once it has
+    finished.
+    """
 
     @property
     def finished(self) -> bool:
@@ -87,7 +90,9 @@ class Run:
         name = headline(find_task(self.config.task), self.origin["dataset"])
         for weights, scores in self.scores.items():
             value = scores.get(name)
-            lines.append(f"  held-out {name}, {weights} weights: {'none' if value is None else f'{value:.4f}'}")
+            lines.append(
+                f"  held-out {name}, {weights} weights: {'none' if value is None else f'{value:.4f}'}"
+            )
         return "\n".join(lines)
 
 
@@ -100,7 +105,9 @@ def load_run(path: "Run | str | Path") -> Run:
     try:
         config = TrainConfig.from_json(header.config)
     except ConfigError as error:
-        raise CheckpointError(f"{folder / LAST} was written with a configuration this code cannot read: {error}") from error
+        raise CheckpointError(
+            f"{folder / LAST} was written with a configuration this code cannot read: {error}"
+        ) from error
     held_out = [line["held_out"] for line in read_metrics(folder) if "held_out" in line]
     return Run(
         path=folder,
@@ -112,7 +119,8 @@ def load_run(path: "Run | str | Path") -> Run:
 
 
 def model_for_run(run: "Run | str | Path", weights: str = EMA) -> Model:
-    """A run's model in evaluation mode, on the CPU; its `spec` says what it takes. Weights: `ema`, `raw` or `best`.
+    """A run's model in evaluation mode, on the CPU; its `spec` says what it takes. Weights: `ema`, `raw` or
+    `best`.
 
     Raises ConfigError for other weights, CheckpointError for a checkpoint that cannot be used.
     """
@@ -136,7 +144,9 @@ def store_of(run: Run, path: str | Path | None = None) -> Store:
         store = open_store(folder)
     except StoreError as error:
         if path is None and not folder.exists():
-            raise StoreError(f"the store of {run.path} is no longer at {folder}; say where it is with --store") from error
+            raise StoreError(
+                f"the store of {run.path} is no longer at {folder}; say where it is with --store"
+            ) from error
         raise
     if store.manifest.fingerprint != run.origin["fingerprint"]:
         raise CheckpointError(
@@ -149,9 +159,10 @@ def store_of(run: Run, path: str | Path | None = None) -> Store:
 def train(config: TrainConfig, progress: Progress | None = None) -> Run:
     """Train, or go on with the training in `config.run` if it was interrupted; safe to run again.
 
-    `progress` is called with steps done, all steps, and the loss and speed. Ends with checkpoints and held-out scores
-    in the run folder. Raises ConfigError for a choice that cannot be, CheckpointError for a run that does not fit the
-    configuration or the store, StoreError for a store that cannot be read, TrainingError for a loss that is no number.
+    `progress` is called with steps done, all steps, and the loss and speed. Ends with checkpoints and
+    held-out scores in the run folder. Raises ConfigError for a choice that cannot be, CheckpointError for a
+    run that does not fit the configuration or the store, StoreError for a store that cannot be read,
+    TrainingError for a loss that is no number.
     """
     config = resolve(config)
     setup = set_up(config)
@@ -250,7 +261,9 @@ class Trainer:
             loss = self.learn(batch)
             speed = (self.step - first) * self.batch_size / (time.monotonic() - begun)
             if self.step % log_every == 0:
-                append_metrics(self.folder, {"step": self.step, "loss": loss, "samples_per_second": round(speed, 2)})
+                append_metrics(
+                    self.folder, {"step": self.step, "loss": loss, "samples_per_second": round(speed, 2)}
+                )
             if self.step % check_every == 0 or self.step == self.steps:
                 self.check()
                 self.save()
@@ -269,8 +282,9 @@ class Trainer:
         value = loss.item()
         if not torch.isfinite(loss):
             raise TrainingError(
-                f"the loss became {value} at step {self.step + 1}, on samples {', '.join(batch.ids)}; look at them with "
-                f"'mmdiff-cache inspect {self.setup.store.path}' or lower learning_rate ({self.config.learning_rate:g})"
+                f"the loss became {value} at step {self.step + 1}, on samples {', '.join(batch.ids)}; "
+                f"look at them with 'mmdiff-cache inspect {self.setup.store.path}', "
+                f"or lower learning_rate ({self.config.learning_rate:g})"
             )
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
@@ -281,12 +295,17 @@ class Trainer:
         return value
 
     def check(self) -> None:
-        """Score the held-out samples with the averaged weights, at the end with the raw ones too; keep the best."""
+        """Score the held-out samples with the averaged weights, at the end with the raw ones too; keep the
+        best.
+        """
         if self.setup.held_out is None:
             return
         models = {EMA: self.ema.model, **({RAW: self.model.eval()} if self.step == self.steps else {})}
         scores = score(
-            {name: model_predictor(model, self.setup.task, self.config.precision) for name, model in models.items()},
+            {
+                name: model_predictor(model, self.setup.task, self.config.precision)
+                for name, model in models.items()
+            },
             self.setup.held_out,
             self.setup.task,
             data_set=self.setup.origin.dataset,
@@ -297,7 +316,8 @@ class Trainer:
         value = scores[EMA].overall[self.headline]
         logger.info("step %d: held-out %s %s", self.step, self.headline, value)
         append_metrics(
-            self.folder, {"step": self.step, "held_out": {name: result.overall for name, result in scores.items()}}
+            self.folder,
+            {"step": self.step, "held_out": {name: result.overall for name, result in scores.items()}},
         )
         if value is not None and better(self.setup.task, value, self.best):
             self.best = value
@@ -324,7 +344,9 @@ class Trainer:
         checkpoint.save(self.folder / LAST, self.header(), groups)
 
     def go_on(self) -> None:
-        """Take up the state of the last checkpoint. Raises CheckpointError if it was trained on other samples."""
+        """Take up the state of the last checkpoint. Raises CheckpointError if it was trained on other
+        samples.
+        """
         path = self.folder / LAST
         header = checkpoint.read_header(path)
         for name, value in self.setup.store_identity.items():

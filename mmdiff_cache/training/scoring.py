@@ -1,4 +1,6 @@
-"""From a batch to predictions, and from predictions to scores. Evaluation and prediction both go through here."""
+"""From a batch to predictions, and from predictions to scores. Evaluation and prediction both go through
+here.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -10,10 +12,12 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..loader import Batch, CachedFeatureDataset, make_loader
-from ..records import Progress
-from ..tasks import Task
+from mmdiff_cache.loader import Batch, CachedFeatureDataset, make_loader
+from mmdiff_cache.records import Progress
+from mmdiff_cache.tasks import Task
+
 from .build import Model
+
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
     """Mixed precision where the configuration asks for it; losses and metrics compute in float32 anyway."""
@@ -23,7 +27,9 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any
 def forward_batch(
     model: Model, batch: Batch, size: tuple[int, int] | None = None, precision: str = "float32"
 ) -> Float[Tensor, "B out H W"]:
-    """A model's outputs for a batch, on the model's device, at `size` = (H, W); by default the network's input size."""
+    """A model's outputs for a batch, on the model's device, at `size` = (H, W); by default the network's
+    input size.
+    """
     device = next(model.parameters()).device
     with autocast(device, precision):
         return model(

@@ -13,7 +13,9 @@ TINY = AggregatorConfig(width=16, depth=1, heads=2, mlp_ratio=1.0)
 
 
 def small_config(store: Path, run: Path | None = None, **changes: Any) -> TrainConfig:
-    """A training of a second: a linear probe on a tiny aggregator, at a rate at which it learns in a few dozen steps."""
+    """A training of a second: a linear probe on a tiny aggregator, at a rate at which it learns in a few
+    dozen steps.
+    """
     values: dict[str, Any] = {
         "task": "segmentation",
         "stores": (str(store),),

@@ -1,4 +1,6 @@
-"""A checkpoint gives back what was put in, survives a crash while it is written, and is refused when it does not fit."""
+"""A checkpoint gives back what was put in, survives a crash while it is written, and is refused when it does
+not fit.
+"""
 
 import json
 import os
@@ -13,7 +15,9 @@ from mmdiff_cache.errors import CheckpointError, StorageError
 from mmdiff_cache.training import checkpoint
 from mmdiff_cache.training.checkpoint import EMA, RAW, Header
 
-HEADER = Header(step=7, config={"task": "depth"}, spec={"kind": "mmdiff"}, store={"dataset": "blocks"}, best=0.25)
+HEADER = Header(
+    step=7, config={"task": "depth"}, spec={"kind": "mmdiff"}, store={"dataset": "blocks"}, best=0.25
+)
 
 
 def network(width: int = 3) -> nn.Module:
@@ -47,7 +51,9 @@ def test_anyone_can_read_it_and_nothing_in_it_runs(tmp_path: Path) -> None:
     assert set(load_file(path)) == {"raw/0.weight", "raw/0.bias", "raw/1.weight", "raw/1.bias"}
 
 
-def test_a_crash_before_the_rename_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_crash_before_the_rename_leaves_the_old_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = written(tmp_path / "last.safetensors")
     before = path.read_bytes()
 
@@ -89,9 +95,9 @@ def test_weights_of_another_shape_or_name_are_refused(tmp_path: Path) -> None:
     path = written(tmp_path / "last.safetensors")
     with pytest.raises(CheckpointError, match=r"'0.bias' has shape \(3,\), the model needs \(5,\)"):
         checkpoint.load_weights(network(5), path, RAW)
-    with pytest.raises(CheckpointError, match="the checkpoint has no tensor '2.bias'"):
+    with pytest.raises(CheckpointError, match=r"the checkpoint has no tensor '2.bias'"):
         checkpoint.load_weights(nn.Sequential(*network(), nn.Linear(2, 2)), path, RAW)
-    with pytest.raises(CheckpointError, match="the model has no tensor '1.bias'"):
+    with pytest.raises(CheckpointError, match=r"the model has no tensor '1.bias'"):
         checkpoint.load_weights(nn.Sequential(nn.Linear(4, 3)), path, RAW)
     with pytest.raises(CheckpointError, match="holds no 'ema' weights"):
         checkpoint.load_weights(network(), path, EMA)
