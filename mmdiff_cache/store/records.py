@@ -128,9 +128,11 @@ def read_record(root: Path, partition: Partition, identity: str, ids: Sequence[s
     except FileNotFoundError:
         return None
     body = unseal(data, str(path))
-    body.pop("format_version")
+    if body.get("format_version") != FORMAT_VERSION:
+        raise DamageError(f"{path} has format version {body.get('format_version')!r}, its store {FORMAT_VERSION}")
+    known = {field.name for field in dataclasses.fields(Record)}
     try:
-        record = Record.from_json(body)
+        record = Record.from_json({name: value for name, value in body.items() if name in known})
     except (ConfigError, TypeError) as error:
         raise DamageError(f"{path} is not a completion record: {error}") from error
     place = (record.split, record.partition, record.start, record.stop)

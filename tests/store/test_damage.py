@@ -11,8 +11,9 @@ import pytest
 from mmdiff_cache.errors import DamageError, StoreError
 from mmdiff_cache.store.manifest import Manifest
 from mmdiff_cache.store.reader import SplitReader, open_store
+from mmdiff_cache.store.records import seal
 from mmdiff_cache.store.writer import open_writer
-from tests.store.synthetic import counted_files, write_store
+from tests.store.synthetic import IDENTITY, counted_files, make_manifest, write_store
 
 HIDDEN = "train.zarr/hidden_states/c.1.0.0.0.0.0.0"
 READS: dict[str, Callable[[SplitReader], object]] = {
@@ -101,8 +102,6 @@ def test_a_changed_manifest_is_found(store: Path) -> None:
 
 
 def test_a_manifest_cannot_point_outside(store: Path) -> None:
-    from mmdiff_cache.store.records import seal
-
     body = json.loads((store / "manifest.json").read_bytes())
     del body["sha256"]
     body["metadata"]["../outside"] = "0" * 64
@@ -145,8 +144,6 @@ def test_a_lost_or_cut_shard_is_redone_by_the_same_run(
 def test_a_record_of_another_identity_is_not_believed(
     store: Path, manifest: Manifest, tmp_path: Path
 ) -> None:
-    from tests.store.synthetic import IDENTITY, make_manifest
-
     other = tmp_path / "other"
     write_store(other, make_manifest(identity={**IDENTITY, "dtype": "bfloat16"}))
     shutil.copy(other / "partitions/train-000000.json", store / "partitions/train-000000.json")
@@ -154,3 +151,15 @@ def test_a_record_of_another_identity_is_not_believed(
     assert reader.state(0) == "damaged"
     with pytest.raises(DamageError, match="another identity"):
         reader.hidden_states([0])
+
+
+def test_a_record_with_one_field_more_is_still_read(store: Path) -> None:
+    """A later release may add fields; a record without one that is needed is refused."""
+    path = store / "partitions" / "train-000001.json"
+    body = json.loads(path.read_bytes())
+    del body["sha256"]
+    path.write_bytes(seal({**body, "note": "added later"}))
+    assert open_store(store)["train"].state(5) == "done"
+    del body["files"]
+    path.write_bytes(seal(body))
+    assert open_store(store)["train"].state(5) == "damaged"
