@@ -1,1 +1,1 @@
-"""Trains the bundled backbone `flux-scenes` and the judge that scores it. No stage of a user's run imports this."""
+"""Trains the bundled backbone `flux-scenes` and the judge that scores it. No stage of a run imports this."""

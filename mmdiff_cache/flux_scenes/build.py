@@ -1,9 +1,10 @@
-"""Builds flux-scenes out of nothing: the seven parts of a `FluxPipeline`, untrained, with sound initial weights."""
+"""Builds flux-scenes out of nothing: the seven parts of a `FluxPipeline`, with sound initial weights."""
 
 import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
@@ -24,7 +25,7 @@ class Architecture:
     head_width: int = 32
     rotary_axes: tuple[int, int, int] = (8, 12, 12)
     latent_channels: int = 4
-    autoencoder_widths: tuple[int, ...] = (32, 64, 64)  # one halving of the picture between neighbours
+    autoencoder_widths: tuple[int, ...] = (16, 32, 64)  # one halving of the picture between neighbours
     text_width: int = 128
     text_layers: int = 2
     text_length: int = 48
@@ -41,12 +42,12 @@ class Architecture:
 def build_autoencoder(arch: Architecture) -> AutoencoderKL:
     """Convolutional autoencoder without attention, so that a picture of any even size can pass."""
     levels = len(arch.autoencoder_widths)
-    return AutoencoderKL(
+    autoencoder = AutoencoderKL(
         block_out_channels=arch.autoencoder_widths,
         down_block_types=("DownEncoderBlock2D",) * levels,
         up_block_types=("UpDecoderBlock2D",) * levels,
         layers_per_block=1,
-        norm_num_groups=8,
+        norm_num_groups=1,
         latent_channels=arch.latent_channels,
         sample_size=128,
         mid_block_add_attention=False,
@@ -55,6 +56,17 @@ def build_autoencoder(arch: Architecture) -> AutoencoderKL:
         scaling_factor=1.0,
         shift_factor=0.0,
     )
+    for name, module in autoencoder.named_modules():
+        if name.endswith(
+            "conv2"
+        ):  # residual branches start at zero: the network is shallow at first and learns faster
+            nn.init.zeros_(cast(nn.Conv2d, module).weight)
+    bias = cast(nn.Conv2d, autoencoder.encoder.conv_out).bias
+    assert bias is not None
+    nn.init.constant_(
+        bias[arch.latent_channels :], -5.0
+    )  # log-variance: little noise, or nothing is learnt at first
+    return autoencoder
 
 
 def build_transformer(arch: Architecture) -> FluxTransformer2DModel:
@@ -133,7 +145,10 @@ def build_pipeline(arch: Architecture, *, seed: int = 0) -> FluxPipeline:
 def save_pipeline(pipeline: FluxPipeline, folder: Path) -> int:
     """Write the pipeline in fp16 as diffusers does; its own tensors stay fp32. Returns bytes written."""
     halves = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
-    originals = {name: {key: value.clone() for key, value in part.state_dict().items()} for name, part in halves.items()}
+    originals = {
+        name: {key: value.clone() for key, value in part.state_dict().items()}
+        for name, part in halves.items()
+    }
     for part in halves.values():
         part.half()
     pipeline.save_pretrained(folder)
@@ -168,7 +183,7 @@ def describe(arch: Architecture, pipeline: FluxPipeline) -> dict[str, object]:
 
 
 def _initialise(name: str, linear: nn.Linear) -> None:
-    """As in DiT: modulations and the last layer start at zero, everything else by Xavier (time embeddings: 0.02)."""
+    """As in DiT: modulations and the last layer start at zero, all else by Xavier (time embeddings: 0.02)."""
     is_modulation = name.endswith(("norm.linear", "norm1.linear", "norm1_context.linear", "norm_out.linear"))
     if is_modulation or name == "proj_out":
         nn.init.zeros_(linear.weight)

@@ -1,10 +1,11 @@
 """Tokenizers for a closed vocabulary: one token a known word, letters for any other, all of it made offline.
 
-Both are the classes that FLUX.1 uses (T5: Unigram, CLIP: byte-level BPE), so the pipeline needs no code of ours.
+Both are the classes that FLUX.1 uses (T5: Unigram, CLIP: byte-level BPE): the pipeline needs no code of ours.
 """
 
 import string
 from collections import Counter
+from itertools import pairwise
 
 from transformers import CLIPTokenizer, T5TokenizerFast
 
@@ -17,13 +18,15 @@ _WORD_SCORE, _LETTER_SCORE = -2.0, -20.0  # log-probabilities: a whole word alwa
 def t5_tokenizer(words: tuple[str, ...], max_length: int) -> T5TokenizerFast:
     """Unigram tokenizer with one piece a word and one a capitalised word; unknown words fall into letters."""
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), (WORD_START, _LETTER_SCORE)]
-    pieces += [(WORD_START + word, _WORD_SCORE) for word in dict.fromkeys((*words, *map(str.capitalize, words)))]
+    pieces += [
+        (WORD_START + word, _WORD_SCORE) for word in dict.fromkeys((*words, *map(str.capitalize, words)))
+    ]
     pieces += [(letter, _LETTER_SCORE) for letter in _LETTERS]
     return T5TokenizerFast(vocab=pieces, extra_ids=0, model_max_length=max_length)
 
 
 def clip_tokenizer(words: tuple[str, ...], max_length: int) -> CLIPTokenizer:
-    """BPE tokenizer whose merges were learnt until every word is one token; unknown words fall into shorter pieces."""
+    """BPE tokenizer whose merges were learnt until every word is one token; others fall into pieces."""
     merges = byte_pairs(words)
     alphabet = sorted({*string.ascii_lowercase, *string.digits, *string.punctuation})
     vocabulary = ["<|startoftext|>", "<|endoftext|>", *alphabet, *(letter + WORD_END for letter in alphabet)]
@@ -39,7 +42,7 @@ def byte_pairs(words: tuple[str, ...]) -> list[tuple[str, str]]:
     """
     spelled = [[*word[:-1], word[-1] + WORD_END] for word in sorted(set(words))]
     merges: list[tuple[str, str]] = []
-    while pairs := Counter(pair for pieces in spelled for pair in zip(pieces, pieces[1:], strict=False)):
+    while pairs := Counter(pair for pieces in spelled for pair in pairwise(pieces)):
         best = min(pairs, key=lambda pair: (-pairs[pair], pair))
         merges.append(best)
         spelled = [_merge(pieces, best) for pieces in spelled]

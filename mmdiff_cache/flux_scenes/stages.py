@@ -1,0 +1,166 @@
+"""The stages of making flux-scenes. Each can be run again: what is finished is kept, what was cut goes on.
+
+    corpus -> autoencoder -> latents -> flow -> distill -> export -> judge -> card
+
+The working folder holds everything between them; only `export` and `card` write into the weights folder.
+"""
+
+import json
+import logging
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, FluxPipeline
+from safetensors.torch import load_file
+
+from mmdiff_cache.errors import ConfigError
+from mmdiff_cache.flux_scenes.autoencoder import AutoencoderRecipe, reconstruction_psnr, train_autoencoder
+from mmdiff_cache.flux_scenes.build import Architecture, build_pipeline, load_pipeline, save_pipeline
+from mmdiff_cache.flux_scenes.corpus import Corpus, encode_corpus, read_images, render_corpus
+from mmdiff_cache.flux_scenes.distill import DistillRecipe, train_guidance
+from mmdiff_cache.flux_scenes.rectified_flow import FlowRecipe, Lesson, open_lesson, train_flow
+from mmdiff_cache.flux_scenes.velocity import of_pipeline
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recipe:
+    """All choices of one run."""
+
+    architecture: Architecture
+    scenes: int  # of the corpus
+    held_out: int  # validation scenes
+    autoencoder: AutoencoderRecipe
+    flow: FlowRecipe
+    distill: DistillRecipe
+    size: int = 128
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Workshop:
+    """Where and on what a run is made. `start` is a pipeline folder to go on from instead of from nothing."""
+
+    work: Path
+    device: torch.device
+    workers: int = 1
+    start: Path | None = None
+
+    def corpus(self, recipe: Recipe) -> Corpus:
+        """The scenes to learn from."""
+        return Corpus(folder=self.work / "corpus", split="pretrain", size=recipe.size, count=recipe.scenes)
+
+    def held_out(self, recipe: Recipe) -> Corpus:
+        """The scenes whose loss is watched."""
+        return Corpus(folder=self.work / "validation", split="val", size=recipe.size, count=recipe.held_out)
+
+
+def corpus_stage(recipe: Recipe, shop: Workshop) -> None:
+    """Render the corpus and the validation scenes."""
+    for corpus in (shop.corpus(recipe), shop.held_out(recipe)):
+        render_corpus(corpus, workers=shop.workers)
+
+
+def autoencoder_stage(recipe: Recipe, shop: Workshop) -> None:
+    """Train the autoencoder, or take over the one to start from."""
+    folder = shop.work / "vae"
+    if (folder / "model").exists():
+        log.info("the autoencoder is trained: %s", folder / "model")
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    if shop.start is not None:
+        load_pipeline(shop.start).vae.save_pretrained(folder / "model")
+        return
+    model: AutoencoderKL = build_pipeline(recipe.architecture).vae
+    train_autoencoder(model, shop.corpus(recipe), recipe.autoencoder, work=folder, device=shop.device)
+    pictures = read_images(shop.held_out(recipe), 0)[:64]
+    scores = {
+        size: reconstruction_psnr(model, pictures, size=size, device=shop.device)
+        for size in (64, recipe.size)
+    }
+    log.info("autoencoder: PSNR in dB by size %s", scores)
+    (folder / "psnr.json").write_text(json.dumps(scores) + "\n")
+    model.save_pretrained(folder / "model")
+
+
+def latents_stage(recipe: Recipe, shop: Workshop) -> None:
+    """Encode both sets of scenes at every size that the flow is trained on."""
+    model = current_pipeline(recipe, shop).vae.to(shop.device)
+    for size in sorted({phase.size for phase in recipe.flow.phases} | {recipe.distill.size}):
+        for corpus in (shop.held_out(recipe), shop.corpus(recipe)):
+            encode_corpus(corpus, model, size=size, device=shop.device)
+
+
+def flow_stage(recipe: Recipe, shop: Workshop) -> None:
+    """Train transformer and text encoders."""
+    pipeline = current_pipeline(recipe, shop)
+    lessons = _lessons(recipe, shop, pipeline)
+    train_flow(pipeline, *lessons, recipe.flow, work=shop.work / "flow")
+
+
+def distill_stage(recipe: Recipe, shop: Workshop) -> None:
+    """Distil classifier-free guidance into the guidance embedding."""
+    pipeline = trained_pipeline(recipe, shop, "flow")
+    lesson, _ = _lessons(recipe, shop, pipeline)
+    train_guidance(pipeline, lesson, recipe.distill, work=shop.work / "distill")
+
+
+def export_stage(recipe: Recipe, shop: Workshop, *, out: Path) -> Path:
+    """Write the newest averaged weights as a pipeline folder; a README.md and pictures already there stay."""
+    source = "distill" if (shop.work / "distill" / "checkpoint").exists() else "flow"
+    written = save_pipeline(trained_pipeline(recipe, shop, source), out)
+    log.info("%s: %.1f MB from stage %s", out, written / 1e6, source)
+    return out
+
+
+def current_pipeline(recipe: Recipe, shop: Workshop) -> FluxPipeline:
+    """The pipeline before flow training: the start folder or untrained, with the autoencoder of this run."""
+    pipeline = load_pipeline(shop.start) if shop.start else build_pipeline(recipe.architecture)
+    if not (shop.work / "vae" / "model").exists():
+        raise ConfigError(f"there is no trained autoencoder in {shop.work}; run --stage autoencoder first")
+    pipeline.register_modules(vae=AutoencoderKL.from_pretrained(shop.work / "vae" / "model").eval())
+    return pipeline
+
+
+def trained_pipeline(recipe: Recipe, shop: Workshop, stage: str) -> FluxPipeline:
+    """The pipeline with the averaged weights of the last checkpoint of stage 'flow' or 'distill'."""
+    path = shop.work / stage / "checkpoint" / "weights.safetensors"
+    if not path.exists():
+        raise ConfigError(
+            f"there is no checkpoint of stage {stage} in {shop.work}; run --stage {stage} first"
+        )
+    pipeline = current_pipeline(recipe, shop)
+    prefix = "ema/module."
+    weights = {
+        key.removeprefix(prefix): value for key, value in load_file(path).items() if key.startswith(prefix)
+    }
+    of_pipeline(pipeline).load_state_dict(weights)
+    return pipeline
+
+
+def describe_run(recipe: Recipe, shop: Workshop) -> dict[str, Any]:
+    """The choices, and what the checkpoints say of steps and hours; for the model card."""
+    states = {
+        stage: json.loads(path.read_text())
+        for stage in ("vae", "flow", "distill")
+        if (path := shop.work / stage / "checkpoint" / "state.json").exists()
+    }
+    done = {
+        stage: {"steps": state["step"], "hours": round(state["seconds"] / 3600, 2)}
+        for stage, state in states.items()
+    }
+    return {"recipe": asdict(recipe), "done": done}
+
+
+def forget(shop: Workshop, stage: str) -> None:
+    """Delete the checkpoint of a stage, so that it starts again."""
+    shutil.rmtree(shop.work / stage, ignore_errors=True)
+
+
+def _lessons(recipe: Recipe, shop: Workshop, pipeline: FluxPipeline) -> tuple[Lesson, Lesson]:
+    corpora = (shop.corpus(recipe), shop.held_out(recipe))
+    learnt, held_out = (open_lesson(pipeline, corpus, recipe.flow.prompts, shop.device) for corpus in corpora)
+    return learnt, held_out
