@@ -17,7 +17,8 @@ from typing import Any, Literal, Self, TypeVar
 from .errors import ConfigError
 
 NoiseForm = Literal["flow", "vp"]
-DecoderName = Literal["deeplabv3plus", "dpt", "linear"]
+DecoderName = str
+"""A name in models.mmdiff.DECODERS."""
 T = TypeVar("T")
 
 
@@ -32,8 +33,8 @@ class Config:
     __slots__ = ()
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values; tuples become lists."""
-        return json.loads(json.dumps(dataclasses.asdict(self)))  # type: ignore[call-overload]
+        """Plain JSON values; tuples become lists, paths become text."""
+        return json.loads(json.dumps(dataclasses.asdict(self), default=os.fspath))  # type: ignore[call-overload]
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:
@@ -184,6 +185,8 @@ class ExtractConfig(Config):
 class AggregatorConfig(Config):
     """The token aggregation module. None takes the preset's reading of the paper (docs/paper-notes.md)."""
 
+    kind: str = "token"
+    """A name in models.mmdiff.AGGREGATORS."""
     preset: Literal["appendix_f", "section_3_1"] = "appendix_f"
     width: int | None = None
     """D; by default the backbone's (768 for FLUX.1-dev)."""

@@ -7,6 +7,7 @@ sum, add the cleanest timestep back, refine with CBAM. App. F and Sec. 3.1 of th
 """
 
 import dataclasses
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,7 +75,19 @@ class TimestepProjection(nn.Module):
         return self.after(self.linear(self.before(tokens)))
 
 
-class TokenAggregator(nn.Module):
+class Aggregator(nn.Module, ABC):
+    """Anything that fuses the T timesteps of one layer and says what each of them counted."""
+
+    @abstractmethod
+    def aggregate(self, features: Float[Tensor, "B T h w C"]) -> Aggregation:
+        """The fused map together with the weights that made it."""
+
+    def forward(self, features: Float[Tensor, "B T h w C"]) -> Float[Tensor, "B D h w"]:
+        """The fused map; float16 features from the cache are computed in float32."""
+        return self.aggregate(features).fused
+
+
+class TokenAggregator(Aggregator):
     """Fuses the T timesteps of one layer (Paper: Sec. 3.1, Eq. 2; App. F, Fig. 8).
 
     `channels` is C, `width` is D, `cleanest` the index of the smallest t. T = 1 is allowed: its weight is 1.
@@ -114,10 +127,6 @@ class TokenAggregator(nn.Module):
         self.gate = nn.Parameter(torch.tensor(GATE_INIT)) if gated else None
         self.skip_projection = nn.Linear(width, width) if gated else None
         self.cbam = CBAM(width)
-
-    def forward(self, features: Float[Tensor, "B T h w C"]) -> Float[Tensor, "B D h w"]:
-        """The fused map; float16 features from the cache are computed in float32."""
-        return self.aggregate(features).fused
 
     def aggregate(self, features: Float[Tensor, "B T h w C"]) -> Aggregation:
         """The fused map together with the weights that made it."""

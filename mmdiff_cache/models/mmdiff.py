@@ -5,7 +5,7 @@ It is rebuilt from its `ModelSpec`, plain values that a checkpoint stores beside
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, cast
 
@@ -13,10 +13,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mmdiff_cache.config import AggregatorConfig, Config, DecoderName
+from mmdiff_cache.config import AggregatorConfig, Config, DecoderName, filled
 from mmdiff_cache.errors import ConfigError
 
-from .aggregator import TokenAggregator, resolve_aggregator
+from .aggregator import Aggregator, TokenAggregator, resolve_aggregator
 from .decoder import CHANNELS_PER_GROUP, Decoder, resize
 from .deeplabv3plus import DeepLabV3Plus
 from .dpt import DPT
@@ -66,6 +66,8 @@ def resolve_model(spec: ModelSpec) -> ModelSpec:
 
     Latents are not compressed, so D may reach or pass C there, and they are tame, so nothing normalises them.
     """
+    _check_name("decoder", spec.decoder, DECODERS)
+    _check_name("aggregator.kind", spec.aggregator.kind, AGGREGATORS)
     config = spec.aggregator
     if spec.source == "latents" and config.norm is None:
         config = dataclasses.replace(config, norm="none")
@@ -83,6 +85,11 @@ def resolve_model(spec: ModelSpec) -> ModelSpec:
     return dataclasses.replace(spec, aggregator=config, decoder_width=width)
 
 
+def _check_name(field: str, name: str, known: Mapping[str, object]) -> None:
+    if name not in known:
+        raise ConfigError(f"{field} must be one of {', '.join(known)}, got {name!r}")
+
+
 def default_decoder_width(width: int) -> int:
     """The aggregator's width up to 256, in whole GroupNorm groups."""
     return max(min(width, WIDEST_DECODER) // CHANNELS_PER_GROUP, 1) * CHANNELS_PER_GROUP
@@ -96,7 +103,7 @@ def decoder_upsampling(patch: int) -> int:
 class MMDiff(nn.Module):
     """Aggregators and decoder, joined. Build it with `from_spec`; the spec says what each input must be."""
 
-    def __init__(self, spec: ModelSpec, aggregators: Sequence[TokenAggregator], decoder: Decoder) -> None:
+    def __init__(self, spec: ModelSpec, aggregators: Sequence[Aggregator], decoder: Decoder) -> None:
         super().__init__()
         self.spec = spec
         self.aggregators = nn.ModuleList(aggregators)
@@ -108,7 +115,7 @@ class MMDiff(nn.Module):
         spec = resolve_model(spec)
         assert spec.aggregator.width is not None
         aggregators = [
-            TokenAggregator(
+            AGGREGATORS[spec.aggregator.kind](
                 channels=spec.channels,
                 timesteps=spec.timesteps,
                 width=spec.aggregator.width,
@@ -117,7 +124,7 @@ class MMDiff(nn.Module):
             )
             for _ in range(spec.layers)
         ]
-        decoder = _build_decoder(spec)
+        decoder = DECODERS[spec.decoder](spec)
         if spec.output == "depth" and decoder.head.bias is not None:
             nn.init.constant_(decoder.head.bias, math.log(spec.typical_depth))
         return cls(spec, aggregators, decoder)
@@ -166,21 +173,38 @@ class MMDiff(nn.Module):
         return torch.cat([resize(x.float(), (rows, columns)) for x in maps], dim=1) if maps else None
 
 
-def _build_decoder(spec: ModelSpec) -> Decoder:
-    assert spec.aggregator.width is not None
-    assert spec.decoder_width is not None
-    common = {
+def _sizes(spec: ModelSpec) -> dict[str, int]:
+    """What every decoder is told: how many layers, how wide, how many guidance and output channels."""
+    return {
         "layers": spec.layers,
-        "features": spec.aggregator.width,
+        "features": filled(spec.aggregator.width),
         "guidance": spec.concepts + sum(spec.discriminative),
         "out_channels": spec.out_channels,
     }
-    if spec.decoder == "linear":
-        return Linear(**common)
-    upsampling = decoder_upsampling(spec.patch)
-    if spec.decoder == "dpt":
-        return DPT(**common, width=spec.decoder_width, upsampling=upsampling)
-    return DeepLabV3Plus(**common, width=spec.decoder_width, grid=min(spec.grid), upsampling=upsampling)
+
+
+def _deeplabv3plus(spec: ModelSpec) -> Decoder:
+    width, upsampling = filled(spec.decoder_width), decoder_upsampling(spec.patch)
+    return DeepLabV3Plus(**_sizes(spec), width=width, grid=min(spec.grid), upsampling=upsampling)
+
+
+def _dpt(spec: ModelSpec) -> Decoder:
+    return DPT(**_sizes(spec), width=filled(spec.decoder_width), upsampling=decoder_upsampling(spec.patch))
+
+
+def _linear(spec: ModelSpec) -> Decoder:
+    return Linear(**_sizes(spec))
+
+
+DECODERS: dict[str, Callable[[ModelSpec], Decoder]] = {
+    "deeplabv3plus": _deeplabv3plus,
+    "dpt": _dpt,
+    "linear": _linear,
+}
+"""Every decoder by name; a new one is a file with its class and a line here."""
+
+AGGREGATORS: dict[str, Callable[..., Aggregator]] = {"token": TokenAggregator}
+"""Every aggregator by `aggregator.kind`; a new one is a file with its class and a line here."""
 
 
 def _count(module: nn.Module) -> int:
