@@ -252,7 +252,7 @@ class SplitReader:
                     f"sample {self.ids[sample]!r} of {self.path} was never finished; "
                     "run the same extraction again, it goes on"
                 )
-            if entry.state == "failed":
+            if entry.state != "done":
                 raise StoreIncomplete(f"sample {self.ids[sample]!r} of {self.path} failed: {entry.reason}")
 
     def _steps(self, timesteps: Sequence[float] | None) -> Sequence[int]:

@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from mmdiff_cache.config import Config
-from mmdiff_cache.errors import ConfigError, DamageError
+from mmdiff_cache.errors import DamageError
 
 from .schema import FORMAT_VERSION
 
@@ -50,7 +49,7 @@ def partitions(split: str, samples: int, size: int) -> tuple[Partition, ...]:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class SampleEntry(Config):
+class SampleEntry:
     """What became of one sample. A failed one keeps its slot and says why."""
 
     sample_id: str
@@ -61,7 +60,7 @@ class SampleEntry(Config):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class FileEntry(Config):
+class FileEntry:
     """One file of the partition: path from the store's folder, bytes, SHA-256 (hex)."""
 
     path: str
@@ -70,7 +69,7 @@ class FileEntry(Config):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Record(Config):
+class Record:
     """The completion record of one partition, without time, process or host: equal work gives equal bytes."""
 
     split: str
@@ -129,11 +128,20 @@ def read_record(root: Path, partition: Partition, identity: str, ids: Sequence[s
         return None
     body = unseal(data, str(path))
     if body.get("format_version") != FORMAT_VERSION:
-        raise DamageError(f"{path} has format version {body.get('format_version')!r}, its store {FORMAT_VERSION}")
-    known = {field.name for field in dataclasses.fields(Record)}
+        raise DamageError(
+            f"{path} has format version {body.get('format_version')!r}, its store {FORMAT_VERSION}"
+        )
     try:
-        record = Record.from_json({name: value for name, value in body.items() if name in known})
-    except (ConfigError, TypeError) as error:
+        record = Record(
+            split=body["split"],
+            partition=body["partition"],
+            start=body["start"],
+            stop=body["stop"],
+            identity=body["identity"],
+            samples=tuple(SampleEntry(**entry) for entry in body["samples"]),
+            files=tuple(FileEntry(**entry) for entry in body["files"]),
+        )
+    except (KeyError, TypeError) as error:
         raise DamageError(f"{path} is not a completion record: {error}") from error
     place = (record.split, record.partition, record.start, record.stop)
     if place != (partition.split, partition.index, partition.start, partition.stop):

@@ -18,9 +18,9 @@ Codec = Literal["zstd", "lz4"]
 
 RATIOS: Mapping[tuple[str, str], float] = {
     ("zstd", "bfloat16"): 1.40,
-    ("zstd", "float32"): 1.10,
+    ("zstd", "float32"): 1.05,
     ("lz4", "bfloat16"): 1.24,
-    ("lz4", "float32"): 1.02,
+    ("lz4", "float32"): 1.00,
 }
 """Raw bytes to stored bytes of hidden states, by codec and by the dtype in which the backbone ran.
 

@@ -261,8 +261,8 @@ def _label(reader: SplitReader, spec: LabelSpec, samples: Sequence[int]) -> Labe
     if spec.kind == "depth":
         return _depth(reader, spec, samples)
     counts = np.zeros(256, np.int64)
-    for sample in samples:
-        counts += np.bincount(reader.labels(spec.name, [sample]).ravel(), minlength=256)
+    for run in _batches(samples):
+        counts += np.bincount(reader.labels(spec.name, run).ravel(), minlength=256)
     names = spec.classes or ("outside", "inside")
     shares = {name: float(counts[number] / counts.sum()) for number, name in enumerate(names)}
     if spec.ignore is not None:
@@ -272,12 +272,16 @@ def _label(reader: SplitReader, spec: LabelSpec, samples: Sequence[int]) -> Labe
     )
 
 
+def _batches(samples: Sequence[int], size: int = 16) -> list[Sequence[int]]:
+    return [samples[start : start + size] for start in range(0, len(samples), size)]
+
+
 def _depth(reader: SplitReader, spec: LabelSpec, samples: Sequence[int]) -> LabelStatistics:
     """Range and mean of the depths that count: those that are finite and in the valid range."""
     low, high, total, valid, pixels = np.inf, -np.inf, 0.0, 0, 0
     least, most = spec.valid_range or (-np.inf, np.inf)
-    for sample in samples:
-        depth: NDArray[np.float32] = reader.labels(spec.name, [sample])
+    for run in _batches(samples):
+        depth: NDArray[np.float32] = reader.labels(spec.name, run)
         inside = depth[np.isfinite(depth) & (depth >= least) & (depth <= most)]
         pixels, valid = pixels + depth.size, valid + inside.size
         total += float(inside.sum(dtype=np.float64))
