@@ -16,7 +16,7 @@ import logging
 import os
 import platform
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -71,7 +71,7 @@ def _refused(folder: Path, error: OSError) -> StorageError:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Generator[None]:
     """Hold the folder for one training. The lock dies with the process. Raises ConfigError if another one
     holds it.
     """
@@ -89,7 +89,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def logging_to(path: Path) -> Iterator[None]:
+def logging_to(path: Path) -> Generator[None]:
     """Write the package's log to a file as well."""
     package = logging.getLogger("mmdiff_cache")
     handler = logging.FileHandler(path, encoding="utf-8")

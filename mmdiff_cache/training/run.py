@@ -6,7 +6,7 @@ threads, whether or not the training was interrupted and continued.
 
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -186,9 +186,9 @@ def own_random_state() -> AbstractContextManager[None]:
 
 
 @contextmanager
-def flushing_denormals() -> Iterator[None]:
+def flushing_denormals() -> Generator[None]:
     """Count numbers too small to matter as zero: on a CPU each would cost a hundred times a normal one."""
-    for kind in (np.float32, np.float64):
+    for kind in ("float32", "float64"):
         np.finfo(kind)  # numpy looks at the smallest numbers once, and warns if they are zero by then
     torch.set_flush_denormal(True)
     try:
