@@ -1,7 +1,8 @@
-"""mmdiff-cache: run a diffusion transformer once, keep its features, train heads on them as often as you like.
+"""mmdiff-cache: run a diffusion transformer once, keep its features, train heads on them as often as you
+like.
 
-The ten public names below load their module when first used, so that `import mmdiff_cache` costs nothing
-and training never loads the backbone.
+The ten public names below load their module when first used, so that `import mmdiff_cache` costs nothing and
+training never loads the backbone.
 """
 
 from importlib import import_module

@@ -42,7 +42,7 @@ class Config:
         return typing.cast(Self, _build(cls, values, where=cls.__name__))
 
     def override(self, assignments: Mapping[str, str]) -> Self:
-        """Apply `--set` assignments such as `{"aggregator.layer_scale": "1e-4"}`; values are JSON or bare text."""
+        """Apply `--set` assignments such as `{"aggregator.layer_scale": "1e-4"}`: JSON or bare text."""
         values = self.to_json()
         for dotted, text in assignments.items():
             node, *parents = values, *dotted.split(".")[:-1]
@@ -117,7 +117,10 @@ def _require(condition: bool, message: str) -> None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NoiseConfig(Config):
-    """How a clean latent is noised. `flow`: x_t = (1-t) x_0 + t eps; `vp`: the paper's Eq. 1 with alpha_t = 1-t."""
+    """How a clean latent is noised.
+
+    `flow`: x_t = (1-t) x_0 + t eps; `vp`: the paper's Eq. 1 with alpha_t = 1-t.
+    """
 
     form: NoiseForm = "flow"
     seed: int = 0
@@ -174,10 +177,14 @@ class ExtractConfig(Config):
         if self.partition_size is not None and self.batch_size is not None:
             _require(
                 self.partition_size % self.batch_size == 0,
-                f"partition_size must be a multiple of batch_size, got {self.partition_size} and {self.batch_size}",
+                f"partition_size must be a multiple of batch_size, got {self.partition_size} "
+                f"and {self.batch_size}",
             )
         for vocabulary, words in (self.concepts or {}).items():
-            _require(len(words) > 1, f"concept vocabulary {vocabulary!r} needs at least two words, got {list(words)}")
+            _require(
+                len(words) > 1,
+                f"concept vocabulary {vocabulary!r} needs at least two words, got {list(words)}",
+            )
             _require(len(set(words)) == len(words), f"concept vocabulary {vocabulary!r} repeats a word")
 
 
@@ -196,7 +203,7 @@ class AggregatorConfig(Config):
     dropout: float = 0.1
     layer_scale: float | None = None
     norm: Literal["before_projection", "after_projection", "none"] | None = None
-    """Where each timestep's features are normalised; `none` is for an ablation, and for latents, which are tame."""
+    """Where each timestep's features are normalised; `none` for an ablation and for tame latents."""
     skip: Literal["gated", "plain"] | None = None
     cbam: Literal["after_skip", "before_skip"] | None = None
     weights_on: Literal["transformed", "projected"] | None = None
@@ -222,8 +229,9 @@ class TrainConfig(Config):
     run: str | None = None
     """Folder of the run; runs/<task>-<dataset>-<backbone>-<n> by default."""
     source: Literal["hidden_states", "latents", "images"] = "hidden_states"
-    """Baselines: `latents` gives the heads the clean VAE latent instead of the transformer's features, `images` trains
-    a small U-Net on the pictures."""
+    """Baselines: `latents` gives the heads the clean VAE latent instead of the transformer's features,
+    `images` trains a small U-Net on the pictures.
+    """
     layers: tuple[str, ...] | None = None
     timesteps: tuple[float, ...] | None = None
     concepts: str | None = None

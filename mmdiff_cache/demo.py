@@ -1,4 +1,5 @@
-"""The main job at demonstration size: rendered scenes, features of the bundled backbone, three heads, pictures.
+"""The main job at demonstration size: rendered scenes, features of the bundled backbone, three heads,
+pictures.
 
     demo/
         store/              features, labels and pictures of the scenes: what `extract` writes
@@ -21,7 +22,7 @@ from PIL import Image
 from mmdiff_cache.config import ExtractConfig, TrainConfig
 from mmdiff_cache.extraction.plan import plan
 from mmdiff_cache.extraction.run import extract
-from mmdiff_cache.inference.gallery import Shown, concept_sheet, prediction_sheet, show, timestep_sheet
+from mmdiff_cache.inference.gallery import concept_sheet, prediction_sheet, show, timestep_sheet
 from mmdiff_cache.inference.page import Figure, Page, Row, write_page
 from mmdiff_cache.inference.panels import Sheet, draw_sheet, save_png
 from mmdiff_cache.inference.predict import predict
@@ -127,14 +128,18 @@ def _draw(runs: Sequence[Run], out: Path) -> Path:
     """Draw every sheet, and the page that shows them."""
     shown = [show(run, "test", SHOWN) for run in runs]
     backbone = runs[0].origin["backbone"]
-    first = f"The first {len(shown[0].batch.ids)} test scenes, not chosen; each prediction with its own score."
+    first = (
+        f"The first {len(shown[0].batch.ids)} test scenes, not chosen; each prediction with its own score."
+    )
     sheets: dict[str, Sheet | None] = {
         "predictions": prediction_sheet(shown, f"Heads on {backbone}, trained from the cache", first)
     }
     for one in shown:
         name = one.task.name
         sheets[f"concepts-{name}"] = concept_sheet(
-            one, f"Concept maps for {name}", "Share of each concept at each token; every map in its own range."
+            one,
+            f"Concept maps for {name}",
+            "Share of each concept at each token; every map in its own range.",
         )
         sheets[f"timesteps-{name}"] = timestep_sheet(
             one, f"What each timestep counts for {name}", "Aggregator weights, 1 in sum over timesteps."

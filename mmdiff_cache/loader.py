@@ -225,7 +225,12 @@ def _latents(dataset: CachedFeatureDataset, samples: Sequence[int]) -> NDArray[n
 
 
 def _images(dataset: CachedFeatureDataset, samples: Sequence[int]) -> NDArray[np.generic]:
-    return dataset.reader.images(samples).astype(np.float32) / np.float32(127.5) - np.float32(1)
+    return picture_values(dataset.reader.images(samples))
+
+
+def picture_values(images: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Pictures of bytes as numbers in [-1, 1]."""
+    return images.astype(np.float32) / np.float32(127.5) - np.float32(1)
 
 
 _FEATURES: Mapping[Source, Callable[[CachedFeatureDataset, Sequence[int]], NDArray[np.generic]]] = {

@@ -1,7 +1,7 @@
 """Values that cross packages: samples, labels, noise keys, batches of features.
 
-Arrays here are numpy, so that the store and the data sets need no torch.
-Axis letters: B sample, V variant, T timestep, L layer, h w token grid, C backbone channels, K concepts, H W pixels.
+Arrays here are numpy, so that the store and the data sets need no torch. Axis letters: B sample, V variant,
+T timestep, L layer, h w token grid, C backbone channels, K concepts, H W pixels.
 """
 
 import hashlib
@@ -14,15 +14,15 @@ from numpy.typing import NDArray
 
 LabelKind = Literal["classes", "mask", "depth"]
 Progress = Callable[[int, int, str], None]
-"""How long work reports: called with what is done, the total, and a few words on its state (which may be '')."""
+"""How long work reports: called with what is done, the total, and a few words on its state (or '')."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LabelSpec:
     """What the values of one label set mean.
 
-    `classes` maps are uint8 ids, `mask` maps are uint8 0 or 1, `depth` maps are float32 metres.
-    `ignore` is the id that no loss and no metric counts; for depth, values outside `valid_range` are not counted.
+    `classes` maps are uint8 ids, `mask` maps are uint8 0 or 1, `depth` maps are float32 metres. `ignore` is
+    the id that no loss and no metric counts; for depth, values outside `valid_range` are not counted.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Sample:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PreparedSample:
-    """A sample as it enters the backbone and the store: picture and labels at network size, and the original labels."""
+    """A sample as it enters the backbone and the store, with labels at network size and as distributed."""
 
     sample_id: str
     image: NDArray[np.uint8]
@@ -62,11 +62,11 @@ class PreparedSample:
 
 
 STATISTICS = ("mean", "rms", "max_abs", "entropy", "clipped", "flushed", "non_finite")
-"""The last axis of `FeatureBatch.audit`, per (sample, variant, timestep, layer) map, taken in float32 before the cast.
+"""The last axis of `FeatureBatch.audit`: statistics of one map, taken in float32 before the cast.
 
 mean, rms and max_abs are over all tokens and channels; entropy is that of the token norms' histogram, in nats
-(docs/cache-format.md gives the bins); clipped, flushed and non_finite are counts of values beyond +-65504,
-of non-zero values that float16 turns into zero, and of NaN or infinite values.
+(docs/cache-format.md gives the bins); clipped, flushed and non_finite are counts of values beyond +-65504, of
+non-zero values that float16 turns into zero, and of NaN or infinite values.
 """
 
 
@@ -77,9 +77,9 @@ class FeatureBatch:
     hidden_states: NDArray[np.float16]
     """[B V T L h w C], the outputs of the tapped blocks, image tokens only."""
     concept_scores: Mapping[str, NDArray[np.float32]]
-    """[B V T block K h w] per vocabulary: raw o_x . o_c of every double block that was run (Paper: Sec. 3.2)."""
+    """[B V T block K h w] per vocabulary: raw o_x . o_c of every double block run (Paper: Sec. 3.2)."""
     concept_maps: Mapping[str, NDArray[np.float32]]
-    """[B V K h w] per vocabulary: softmax over concepts, then the mean over default blocks and all timesteps (Eq. 4)."""
+    """[B V K h w] per vocabulary: softmax over concepts, mean over default blocks and timesteps (Eq. 4)."""
     latents: NDArray[np.float32]
     """[B h w P], the clean latent before noising, in tokens: the baseline that needs no transformer."""
     audit: NDArray[np.float32]

@@ -107,7 +107,11 @@ def test_vocabularies_from_options() -> None:
     ],
 )
 def test_a_wrong_request_is_one_line_and_exit_code_2(
-    line: list[str], words: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    line: list[str],
+    words: str,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert run(line) == 2

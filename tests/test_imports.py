@@ -17,7 +17,9 @@ def loaded_by(code: str) -> set[str]:
     return set(output.splitlines()[-1].split())
 
 
-@pytest.mark.parametrize("arguments", [["--help"], [], ["extract", "--help"], ["--version"], ["predict", "--help"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], [], ["extract", "--help"], ["--version"], ["predict", "--help"]]
+)
 def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
     code = f"from mmdiff_cache.cli.app import run\nassert run({arguments!r}) == 0"
     assert not loaded_by(code) & {"torch", "numpy", "zarr", *BACKBONE_SIDE}

@@ -35,7 +35,9 @@ def _version(asked: bool) -> None:
 
 @app.callback()
 def root(
-    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
+    version: bool = typer.Option(
+        False, "--version", callback=_version, is_eager=True, help="Print the version."
+    ),
 ) -> None:
     """Run a diffusion transformer once, keep its features, train heads on them as often as you like."""
 
@@ -65,7 +67,8 @@ def main() -> None:
 def run(arguments: Sequence[str]) -> int:
     """Run one command line and return its exit code.
 
-    0 done, 1 damage found, 2 a wrong request, 3 finished with failed samples, 4 the disk refuses, 130 interrupted.
+    0 done, 1 damage found, 2 a wrong request, 3 finished with failed samples, 4 the disk refuses, 130
+    interrupted.
     """
     try:
         code = app(args=list(arguments) or ["--help"], prog_name="mmdiff-cache", standalone_mode=False)
@@ -85,7 +88,9 @@ def run(arguments: Sequence[str]) -> int:
     except OSError as error:
         if error.errno not in _STORAGE_FAULTS:
             raise
-        fail(f"{error.strerror}: {error.filename or 'while writing'}; free some space or choose another folder")
+        fail(
+            f"{error.strerror}: {error.filename or 'while writing'}; free some space or choose another folder"
+        )
         return StorageError.exit_code
     return code if isinstance(code, int) else 0
 

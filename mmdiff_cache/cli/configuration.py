@@ -16,7 +16,8 @@ C = TypeVar("C", bound=Config)
 def compose(
     kind: type[C], verb: str, file: Path | None, flags: Mapping[str, Any], assignments: Sequence[str]
 ) -> C:
-    """Build a configuration. `verb` is the recipe's function (`extract`, `train`); flags that are None do not count.
+    """Build a configuration. `verb` is the recipe's function (`extract`, `train`); flags that are None do not
+    count.
 
     Raises ConfigError for a file, field or value that does not fit.
     """
@@ -43,10 +44,14 @@ def read_file(kind: type[C], verb: str, file: Path) -> C:
 def _from_recipe(kind: type[C], verb: str, file: Path) -> C:
     function = getattr(_load(file), verb, None)
     if not callable(function):
-        raise ConfigError(f"{file} has no function {verb}(); a recipe for '{verb}' returns a {kind.__name__} from it")
+        raise ConfigError(
+            f"{file} has no function {verb}(); a recipe for '{verb}' returns a {kind.__name__} from it"
+        )
     config = function()
     if not isinstance(config, kind):
-        raise ConfigError(f"{verb}() in {file} must return a {kind.__name__}, it returned {type(config).__name__}")
+        raise ConfigError(
+            f"{verb}() in {file} must return a {kind.__name__}, it returned {type(config).__name__}"
+        )
     return config
 
 
@@ -70,7 +75,9 @@ def parse_assignments(assignments: Sequence[str]) -> dict[str, str]:
     pairs = [assignment.partition("=") for assignment in assignments]
     for (key, equals, _), assignment in zip(pairs, assignments, strict=True):
         if not key or not equals:
-            raise ConfigError(f"--set needs KEY=VALUE such as aggregator.layer_scale=1e-4, got {assignment!r}")
+            raise ConfigError(
+                f"--set needs KEY=VALUE such as aggregator.layer_scale=1e-4, got {assignment!r}"
+            )
     return {key.strip(): value.strip() for key, _, value in pairs}
 
 
@@ -84,11 +91,15 @@ def parse_numbers(option: str, text: str | None) -> list[float] | None:
     try:
         return None if text is None else [float(part) for part in parse_list(text) or []]
     except ValueError:
-        raise ConfigError(f"{option} needs numbers separated by commas such as 0.78,0.26, got {text!r}") from None
+        raise ConfigError(
+            f"{option} needs numbers separated by commas such as 0.78,0.26, got {text!r}"
+        ) from None
 
 
 def parse_vocabularies(options: Sequence[str] | None) -> dict[str, list[str]] | None:
-    """`name=word,word` options into vocabularies; `none` alone means no vocabulary, no option the default ones."""
+    """`name=word,word` options into vocabularies; `none` alone means no vocabulary, no option the default
+    ones.
+    """
     if not options:
         return None
     if list(options) == ["none"]:

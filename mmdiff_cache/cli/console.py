@@ -43,6 +43,11 @@ def fail(message: str) -> None:
         err.print(lines, markup=False, soft_wrap=True)
 
 
+def warn(message: str) -> None:
+    """One yellow line on standard error."""
+    err.print(f"[bold yellow]warning:[/] {escape(message)}", soft_wrap=True)
+
+
 def next_command(*words: str) -> None:
     """Close a command with the line to type next."""
     out.print(f"\n[dim]next:[/]  [bold]{escape(shlex.join(words))}[/]", soft_wrap=True)
@@ -63,7 +68,9 @@ def _finite(value: Any) -> Any:
 
 @contextmanager
 def progress_bar(verb: str) -> Iterator[Advance]:
-    """A bar with counts, elapsed time and ETA on standard error; it shows nothing where that is not a terminal."""
+    """A bar with counts, elapsed time and ETA on standard error; it shows nothing where that is not a
+    terminal.
+    """
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(),

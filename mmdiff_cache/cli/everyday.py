@@ -1,4 +1,5 @@
-"""The six everyday commands. Each parses, calls the public names, prints, and ends with the line to type next.
+"""The six everyday commands. Each parses, calls the public names, prints, and ends with the line to type
+next.
 
 Everything heavy is imported inside the commands, so that `--help` stays quick.
 """
@@ -9,7 +10,7 @@ from typing import Annotated
 import typer
 
 from mmdiff_cache.cli.configuration import compose, parse_list, parse_numbers, parse_vocabularies
-from mmdiff_cache.cli.console import next_command, print_json, progress_bar, say
+from mmdiff_cache.cli.console import next_command, print_json, progress_bar, say, warn
 from mmdiff_cache.config import ExtractConfig, TrainConfig
 from mmdiff_cache.errors import ConfigError
 
@@ -19,12 +20,15 @@ ConfigFile = Annotated[
     Path | None, typer.Option("--config", help="A recipe (.py) or the config.json of an earlier run.")
 ]
 Assignments = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any other field, named as in config.json.")
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Any other field, named as in config.json."),
 ]
 Layers = Annotated[
     str | None, typer.Option(metavar="A,B", help="Transformer blocks, such as single.4,single.15.")
 ]
-Timesteps = Annotated[str | None, typer.Option(metavar="T,T", help="Noise levels in [0, 1]; 1 is pure noise.")]
+Timesteps = Annotated[
+    str | None, typer.Option(metavar="T,T", help="Noise levels in [0, 1]; 1 is pure noise.")
+]
 BatchSize = Annotated[int | None, typer.Option(help="Samples at once.")]
 Limit = Annotated[int | None, typer.Option(metavar="N", help="Only the first N samples of every split.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
@@ -35,7 +39,8 @@ RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="The folder that 
 def demo(
     out: Annotated[Path, typer.Option(help="Folder of everything the demo writes.")] = Path("demo"),
     limit: Annotated[
-        int | None, typer.Option(metavar="N", help="Samples of each split; fewer are quicker and score worse.")
+        int | None,
+        typer.Option(metavar="N", help="Samples of each split; fewer are quicker and score worse."),
     ] = None,
     backbone: Annotated[str | None, typer.Option(help="Another backbone than the bundled one.")] = None,
 ) -> None:
@@ -50,8 +55,12 @@ def extract(
     dataset: Annotated[str | None, typer.Option(help="Data set: scenes, images ...")] = None,
     data_root: Annotated[str | None, typer.Option(help="Folder of the data set's files.")] = None,
     split: Annotated[list[str] | None, typer.Option(help="A split to extract; may be repeated.")] = None,
-    backbone: Annotated[str | None, typer.Option(help="A known name or a folder in diffusers' format.")] = None,
-    store: Annotated[str | None, typer.Option(help="Folder to write; data/<dataset>/<backbone> by default.")] = None,
+    backbone: Annotated[
+        str | None, typer.Option(help="A known name or a folder in diffusers' format.")
+    ] = None,
+    store: Annotated[
+        str | None, typer.Option(help="Folder to write; data/<dataset>/<backbone> by default.")
+    ] = None,
     layers: Layers = None,
     timesteps: Timesteps = None,
     concepts: Annotated[
@@ -60,7 +69,9 @@ def extract(
     ] = None,
     resolution: Annotated[int | None, typer.Option(help="Side of the network input in pixels.")] = None,
     batch_size: BatchSize = None,
-    prompts: Annotated[str | None, typer.Option(help="empty, scene, oracle, or a JSONL file of prompts.")] = None,
+    prompts: Annotated[
+        str | None, typer.Option(help="empty, scene, oracle, or a JSONL file of prompts.")
+    ] = None,
     limit: Limit = None,
     config: ConfigFile = None,
     set_: Assignments = None,
@@ -90,13 +101,21 @@ def extract(
     with progress_bar("extract") as advance:
         written = mm.extract(plan, progress=advance)
     say(f"\n{written}")
-    next_command("mmdiff-cache", "train", "--task", "depth", "--store", str(written.path))
+    labels = written[written.splits[0]].label_specs
+    if labels:
+        next_command("mmdiff-cache", "train", "--task", sorted(labels)[0], "--store", str(written.path))
+    else:
+        next_command("mmdiff-cache", "inspect", str(written.path))
+    if written.samples_failed:
+        warn(f"{written.samples_failed} samples failed; 'mmdiff-cache inspect {written.path}' says why")
+        raise typer.Exit(SOME_FAILED)
 
 
 def train(
     task: Annotated[str | None, typer.Option(help="segmentation, saliency or depth.")] = None,
     store: Annotated[
-        list[str] | None, typer.Option(help="A store to learn from; may be repeated. By default the only fitting one.")
+        list[str] | None,
+        typer.Option(help="A store to learn from; may be repeated. By default the only fitting one."),
     ] = None,
     run: Annotated[str | None, typer.Option(help="Folder to write, or to go on with.")] = None,
     layers: Layers = None,
@@ -137,7 +156,9 @@ def train(
 
 def evaluate(
     run: RunFolder,
-    split: Annotated[str | None, typer.Option(help="Split to score; test where there is one, else val.")] = None,
+    split: Annotated[
+        str | None, typer.Option(help="Split to score; test where there is one, else val.")
+    ] = None,
     weights: Annotated[str, typer.Option(help="ema, raw or best.")] = "ema",
     store: MovedStore = None,
     train_baselines: Annotated[
@@ -164,7 +185,7 @@ def predict(
     out: Annotated[Path | None, typer.Option(help="Folder to write; RUN/predictions by default.")] = None,
     store: MovedStore = None,
 ) -> None:
-    """Apply a trained run to new pictures: colour PNG, raw array, and one page that shows them side by side."""
+    """Apply a trained run to new pictures: colour PNG, raw array, and a page that shows them side by side."""
     import mmdiff_cache as mm
 
     folder = out or run / "predictions"

@@ -35,7 +35,9 @@ def show_stores(*, as_json: bool) -> None:
     if not entries:
         say(f"no stores under {folder.absolute()}")
         return next_command("mmdiff-cache", "extract", "--dataset", "scenes")
-    table = _table("store", "data set", "backbone", "splits", "layers x t", "samples", "on disk", "raw/disk", "age")
+    table = _table(
+        "store", "data set", "backbone", "splits", "layers x t", "samples", "on disk", "raw/disk", "age"
+    )
     for entry in entries:
         table.add_row(*map(escape, _cells(entry)))
     out.print(table)
@@ -118,7 +120,11 @@ def _samples(summary: StoreSummary) -> Table:
     table = _table("split", "done", "planned", "failed", "pending")
     for split, states in summary.splits.items():
         table.add_row(
-            escape(split), f"{states.done:,}", f"{states.planned:,}", f"{states.failed:,}", f"{states.pending:,}"
+            escape(split),
+            f"{states.done:,}",
+            f"{states.planned:,}",
+            f"{states.failed:,}",
+            f"{states.pending:,}",
         )
         for line in _reasons(states):
             table.add_row("", line)
@@ -173,9 +179,9 @@ def _labels(labels: Sequence[LabelStatistics]) -> Table:
     for label in labels:
         shares = ", ".join(f"{name} {share:.1%}" for name, share in label.shares.items())
         metres = (
-            ""
-            if label.low is None
-            else f"{label.low:.2f} to {label.high:.2f} m, mean {label.mean:.2f} m; "
+            "" if label.low is None else f"{label.low:.2f} to {label.high:.2f} m, mean {label.mean:.2f} m; "
         )
-        table.add_row(escape(label.name), label.kind, escape(label.split), f"{label.samples:,}", metres + shares)
+        table.add_row(
+            escape(label.name), label.kind, escape(label.split), f"{label.samples:,}", metres + shares
+        )
     return table

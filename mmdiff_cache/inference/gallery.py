@@ -1,5 +1,5 @@
-"""Sheets that show what trained runs make of the samples of a store: predictions beside the truth, concept maps,
-and how much each timestep counts.
+"""Sheets that show what trained runs make of the samples of a store: predictions beside the truth, concept
+maps, and how much each timestep counts.
 
 The samples are the first ones of the split, never chosen, and each prediction carries its own score.
 """
@@ -24,7 +24,6 @@ from mmdiff_cache.tasks import Task, find_task
 from mmdiff_cache.training.build import Model, open_dataset
 from mmdiff_cache.training.run import Run, model_for_run
 from mmdiff_cache.training.scoring import predict_batch
-
 
 SCORE_NAMES: Final = {"miou": "mIoU", "s_measure": "S-measure", "abs_rel": "AbsRel"}
 
@@ -101,13 +100,17 @@ def concept_sheet(one: Shown, title: str, note: str) -> Sheet | None:
 def timestep_sheet(one: Shown, title: str, note: str) -> Sheet | None:
     """A row a layer, a column a timestep: what each timestep counts at each place, averaged over the samples.
 
-    Colours run from 0 (dark) to 1 (bright); captions give the mean over all places. None for a model of pixels.
+    Colours run from 0 (dark) to 1 (bright); captions give the mean over all places. None for a model of
+    pixels.
     """
     if not isinstance(one.model, MMDiff):
         return None
     states = one.batch.hidden_states.to(next(one.model.parameters()).device)
     weights = one.model.aggregation_weights(states).mean(dim=0).float().cpu().numpy()
-    rows = [[_weight_tile(weights[step, layer]) for step in range(len(weights))] for layer in range(weights.shape[1])]
+    rows = [
+        [_weight_tile(weights[step, layer]) for step in range(len(weights))]
+        for layer in range(weights.shape[1])
+    ]
     columns = [f"t = {t:g}" for t in filled(one.run.config.timesteps)]
     return Sheet(title=title, note=note, rows=rows, columns=columns, row_labels=filled(one.run.config.layers))
 
@@ -120,7 +123,11 @@ def _truth_and_guess(one: Shown, number: int, image: NDArray[np.uint8]) -> list[
     """The label and the prediction of one sample, on one colour scale."""
     truth, guess, score = one.truths[number], one.predictions[number], one.scores[number]
     span = visualize.depth_range(truth) if one.label.kind == "depth" else None
-    caption = "nothing to score" if score is None else f"{SCORE_NAMES.get(one.task.headline, one.task.headline)} {score:.3f}"
+    caption = (
+        "nothing to score"
+        if score is None
+        else f"{SCORE_NAMES.get(one.task.headline, one.task.headline)} {score:.3f}"
+    )
     unit = "" if span is None else f"{span[0]:.1f} to {span[1]:.1f} m"
     return [
         Tile(picture=colour(one.label, truth, image, span), caption=unit),

@@ -25,7 +25,8 @@ PREVIEW_SIDE: Final = 1024
 class Prediction:
     """What a trained run says about one picture.
 
-    `array` [H W] has the picture's own size: int64 class ids, float32 probabilities of being salient, or float32 metres.
+    `array` [H W] has the picture's own size: int64 class ids, float32 probabilities of being salient, or
+    float32 metres.
     """
 
     sample_id: str
@@ -77,8 +78,11 @@ def summary(label: LabelSpec, array: NDArray[Any]) -> str:
     return f"{near:.1f} to {far:.1f} m, median {middle:.1f} m"
 
 
-def write_predictions(predictions: Sequence[Prediction], folder: Path, title: str, note: str) -> list[Prediction]:
-    """Write colour PNG and raw array of each, and a page that shows all of them; returns them with their files.
+def write_predictions(
+    predictions: Sequence[Prediction], folder: Path, title: str, note: str
+) -> list[Prediction]:
+    """Write colour PNG and raw array of each, and a page that shows all of them; returns them with their
+    files.
 
     Files are named by the sample's id, numbered where two would be the same.
     """
@@ -93,7 +97,9 @@ def write_predictions(predictions: Sequence[Prediction], folder: Path, title: st
         np.save(raw, prediction.array, allow_pickle=False)
         written.append(dataclasses.replace(prediction, files=(picture, raw)))
         source = Figure(file=_save_preview(prediction.image, folder / f"{stem}-input"), caption="input")
-        result = Figure(file=picture, caption=f"{prediction.task}: {summary(prediction.label, prediction.array)}")
+        result = Figure(
+            file=picture, caption=f"{prediction.task}: {summary(prediction.label, prediction.array)}"
+        )
         rows.append(Row(heading=prediction.sample_id, figures=(source, result)))
     legend = visualize.legend_entries(predictions[0].label.classes) if predictions else ()
     write_page(Page(title=title, note=note, rows=rows, legend=legend), folder / PAGE)

@@ -1,4 +1,6 @@
-"""One HTML page that shows pictures side by side: plain files beside it, nothing from the network, all text escaped."""
+"""One HTML page that shows pictures side by side: plain files beside it, nothing from the network, all text
+escaped.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

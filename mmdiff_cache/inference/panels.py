@@ -42,7 +42,10 @@ class Sheet:
 
 
 def draw_sheet(sheet: Sheet, tile: int = TILE) -> Image.Image:
-    """Lay a sheet out. Tiles are enlarged in whole steps to about `tile` pixels; rows may differ in length."""
+    """Lay a sheet out.
+
+    Tiles are enlarged in whole steps to about `tile` pixels; rows may differ in length.
+    """
     pictures = [[enlarge(t.picture, tile) for t in row] for row in sheet.rows]
     width = max(p.shape[1] for row in pictures for p in row)
     height = max(p.shape[0] for row in pictures for p in row)

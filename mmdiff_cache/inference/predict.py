@@ -1,9 +1,10 @@
-"""A trained run applied to pictures that are in no store: the same backbone, noise, prompt, layers and timesteps.
+"""A trained run applied to new pictures: the same backbone, noise, prompt, layers and timesteps.
 
-A picture's noise is keyed by its id, as in a store: the path below the store's data root for a file that lies there
-(as the data set `images` names it), else the file's name without its suffix. So a picture gets the same prediction
-whatever it is predicted with, and a picture that is also in the store gets the features that the store holds, bit for
-bit: a forward pass has the store's batch size, filled up with repeats where there are fewer pictures.
+A picture's noise is keyed by its id, as in a store: the path below the store's data root for a file that lies
+there (as the data set `images` names it), else the file's name without its suffix. So a picture gets the same
+prediction whatever it is predicted with, and a picture that is also in the store gets the features that the
+store holds, bit for bit: a forward pass has the store's batch size, filled up with repeats where there are
+fewer pictures.
 """
 
 import dataclasses
@@ -17,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from mmdiff_cache.backbones.registry import describe
-from mmdiff_cache.config import ExtractConfig, TrainConfig, filled
+from mmdiff_cache.config import ExtractConfig, filled
 from mmdiff_cache.datasets.images import safe_id
 from mmdiff_cache.datasets.pictures import read_picture
 from mmdiff_cache.datasets.prompts import PromptRule, open_prompts
@@ -27,7 +28,7 @@ from mmdiff_cache.errors import BackboneError, DataError
 from mmdiff_cache.extraction.extractor import Extractor, failures
 from mmdiff_cache.extraction.run import load_extractor
 from mmdiff_cache.inference.output import Prediction, write_predictions
-from mmdiff_cache.loader import NO_CONCEPTS, Batch, concept_maps, map_blocks
+from mmdiff_cache.loader import NO_CONCEPTS, Batch, concept_maps, map_blocks, picture_values
 from mmdiff_cache.records import FeatureBatch, LabelSpec, PreparedSample, Progress, Sample
 from mmdiff_cache.store.reader import Store
 from mmdiff_cache.tasks import find_task
@@ -56,8 +57,8 @@ class TrainedModel:
     def extractor(self) -> Extractor:
         """The store's backbone, capturing at the store's timesteps what this run uses.
 
-        All stored timesteps go in one pass even where the run uses fewer, so that the numbers are the store's.
-        Raises BackboneError where the weights are missing or are not those of the store.
+        All stored timesteps go in one pass even where the run uses fewer, so that the numbers are the
+        store's. Raises BackboneError where the weights are missing or are not those of the store.
         """
         vocabulary = self.vocabulary
         words = {} if vocabulary is None else {vocabulary: filled(self.extraction.concepts)[vocabulary]}
@@ -69,8 +70,8 @@ class TrainedModel:
             stored = self.store.manifest.identity.get(name)
             if stored != value:
                 raise BackboneError(
-                    f"{self.title} was trained on features of another {self.extraction.backbone}: its {name} was "
-                    f"{stored}, is {value}; put the former weights back, or extract and train again"
+                    f"{self.title} has learnt from another {self.extraction.backbone}, whose {name} was "
+                    f"{stored}, not {value}; put the former weights back, or extract and train again"
                 )
         return extractor
 
@@ -94,13 +95,16 @@ class TrainedModel:
         return Sample(sample_id=picture_id(path, self.extraction.data_root), image=read_picture(path))
 
     def prepared(self, sample: Sample) -> PreparedSample:
-        """The sample at network size, with its prompt. Raises DataError where the store's prompts cannot be had."""
+        """The sample at network size, with its prompt.
+
+        Raises DataError where the store's prompts cannot be had.
+        """
         try:
             prompt = self.prompts.prompt(sample)
         except DataError as error:
             raise DataError(
                 f"{sample.sample_id} has no prompt, and {self.title} was trained with prompts "
-                f"{self.extraction.prompts!r}; new pictures need a run trained on a store with --prompts empty"
+                f"{self.extraction.prompts!r}; new pictures need a run on a store with --prompts empty"
             ) from error
         bare = Sample(sample_id=sample.sample_id, image=sample.image)
         return prepare(bare, filled(self.extraction.resolution), prompt)
@@ -143,7 +147,7 @@ class TrainedModel:
         if self.config.source == "latents":
             maps: NDArray[np.generic] = features.latents[: len(samples)]
         else:
-            maps = np.stack([sample.image for sample in samples]).astype(np.float32) / np.float32(127.5) - np.float32(1)
+            maps = picture_values(np.stack([sample.image for sample in samples]))
         return np.repeat(maps[:, None, None], len(self.extractor.layers), axis=2)
 
 
@@ -152,8 +156,9 @@ def load_model(
 ) -> TrainedModel:
     """A trained run, ready to be given to `predict`. Weights: `ema`, `raw` or `best`.
 
-    Of the run's store only what it says about itself is read; `store` says where it lies now, if it was moved. Raises
-    CheckpointError for a run that cannot be used or belongs to another store, StoreError where the store is gone.
+    Of the run's store only what it says about itself is read; `store` says where it lies now, if it was
+    moved. Raises CheckpointError for a run that cannot be used or belongs to another store, StoreError where
+    the store is gone.
     """
     opened = load_run(run if isinstance(run, Run) else Path(run))
     found = store_of(opened, None if store is None else Path(store))
@@ -175,10 +180,11 @@ def predict(
 ) -> list[Prediction]:
     """Apply a run to pictures; one prediction each, in order, at the picture's own size.
 
-    With `out`, a folder: colour PNG, raw array and a page are written there too. Every picture is read before the
-    backbone is loaded, so a file that cannot be used costs nothing.
+    With `out`, a folder: colour PNG, raw array and a page are written there too. Every picture is read before
+    the backbone is loaded, so a file that cannot be used costs nothing.
 
-    Raises DataError for such a file, CheckpointError for a run that does not fit, BackboneError for missing weights.
+    Raises DataError for such a file, CheckpointError for a run that does not fit, BackboneError for missing
+    weights.
     """
     model = run if isinstance(run, TrainedModel) else load_model(run)
     samples = [model.sample_of(picture) for picture in images]
@@ -196,7 +202,7 @@ def predict(
 
 
 def _predict_one(model: TrainedModel, batch: Batch, row: int, sample: Sample) -> Prediction:
-    """One sample of a batch through the head, alone: a head's rounding depends on how many go through together."""
+    """One sample of a batch through the head, alone: rounding depends on how many go through together."""
     size = (sample.image.shape[0], sample.image.shape[1])
     [array] = predict_batch(model.model, model.task, select(batch, [row]), [size], model.config.precision)
     return Prediction(
@@ -211,7 +217,7 @@ def _runs(count: int, size: int) -> Iterator[range]:
 
 
 def _note(model: TrainedModel) -> str:
-    return (
-        f"Backbone {model.store.manifest.provenance.get('backbone')}, layers {', '.join(filled(model.config.layers))}, "
-        f"timesteps {', '.join(f'{t:g}' for t in filled(model.config.timesteps))}, prompts {model.extraction.prompts}."
-    )
+    layers = ", ".join(filled(model.config.layers))
+    timesteps = ", ".join(f"{t:g}" for t in filled(model.config.timesteps))
+    backbone = model.run.origin["backbone"]
+    return f"Backbone {backbone}, layers {layers}, timesteps {timesteps}, prompts {model.extraction.prompts}."

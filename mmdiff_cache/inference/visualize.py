@@ -15,7 +15,15 @@ RGB = NDArray[np.uint8]
 
 # Anchors of a ramp whose lightness rises evenly: dark indigo, blue, teal, green, yellow.
 _RAMP: Final = np.array(
-    [(24, 15, 62), (59, 46, 126), (52, 98, 150), (38, 146, 144), (92, 190, 104), (187, 221, 63), (253, 243, 139)],
+    [
+        (24, 15, 62),
+        (59, 46, 126),
+        (52, 98, 150),
+        (38, 146, 144),
+        (92, 190, 104),
+        (187, 221, 63),
+        (253, 243, 139),
+    ],
     dtype=np.float64,
 )
 # The first colours are told apart in common colour blindness too; later ones come from the golden angle.
@@ -45,10 +53,11 @@ def ramp(values: Float[NDArray[np.floating], "H W"]) -> UInt8[RGB, "H W 3"]:
 
 def class_colours(count: int) -> UInt8[RGB, "count 3"]:
     """The colours of the class ids 0 ... count - 1."""
-    colours = list(_CLASS_COLOURS[:count])
-    for index in range(len(colours), count):
-        colours.append(_from_hue(index * _GOLDEN_ANGLE % 1.0, 0.75 if index % 2 else 0.55))
-    return np.array(colours, dtype=np.uint8)
+    later = (
+        _from_hue(index * _GOLDEN_ANGLE % 1.0, 0.75 if index % 2 else 0.55)
+        for index in range(len(_CLASS_COLOURS), count)
+    )
+    return np.array([*_CLASS_COLOURS[:count], *later], dtype=np.uint8)
 
 
 def _from_hue(hue: float, value: float) -> tuple[int, int, int]:
@@ -82,7 +91,7 @@ def depth_to_colour(
 
 
 def depth_range(*maps: NDArray[np.floating]) -> tuple[float, float]:
-    """Metres from the 1st to the 99th percentile of all valid values: what a shared colour scale should span."""
+    """Metres from the 1st to the 99th percentile of all valid values, for a shared colour scale."""
     values = np.concatenate([m[np.isfinite(m) & (m > 0)].ravel() for m in maps])
     if values.size == 0:
         return 1.0, 10.0
@@ -93,7 +102,9 @@ def depth_range(*maps: NDArray[np.floating]) -> tuple[float, float]:
 def salience_to_colour(
     probability: Float[NDArray[np.floating], "H W"], image: UInt8[RGB, "H W 3"]
 ) -> UInt8[RGB, "H W 3"]:
-    """The picture with all that is not salient faded to pale grey; probability in [0, 1] at the picture's size."""
+    """The picture with all that is not salient faded to pale grey; probability in [0, 1] at the picture's
+    size.
+    """
     grey = image.mean(axis=-1, keepdims=True) * 0.35 + 255 * 0.55
     weight = np.clip(np.nan_to_num(probability), 0.0, 1.0)[..., None]
     return np.rint(image * weight + grey * (1 - weight)).astype(np.uint8)
@@ -113,14 +124,19 @@ def heat_over(
 
 
 def enlarge(picture: UInt8[RGB, "H W 3"], side: int) -> RGB:
-    """Repeat pixels until the longer side has about `side` pixels: sharp edges show what the model really gives."""
+    """Repeat pixels until the longer side has about `side` pixels: sharp edges show what the model really
+    gives.
+    """
     factor = max(1, round(side / max(picture.shape[:2])))
     return np.repeat(np.repeat(picture, factor, axis=0), factor, axis=1)
 
 
 def legend_entries(names: Sequence[str]) -> list[tuple[str, tuple[int, int, int]]]:
     """Class names with their colours, for a panel's legend."""
-    return [(name, (int(r), int(g), int(b))) for name, (r, g, b) in zip(names, class_colours(len(names)), strict=True)]
+    return [
+        (name, (int(r), int(g), int(b)))
+        for name, (r, g, b) in zip(names, class_colours(len(names)), strict=True)
+    ]
 
 
 def _hatch(picture: RGB, where: NDArray[np.bool_]) -> RGB:

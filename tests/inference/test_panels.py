@@ -11,7 +11,8 @@ from mmdiff_cache.inference.panels import Sheet, Tile, draw_sheet, save_png
 
 def tiles(count: int) -> list[Tile]:
     return [
-        Tile(picture=np.full((4, 4, 3), (10 + n, 20, 30), np.uint8), caption=f"tile {n}") for n in range(count)
+        Tile(picture=np.full((4, 4, 3), (10 + n, 20, 30), np.uint8), caption=f"tile {n}")
+        for n in range(count)
     ]
 
 

@@ -109,7 +109,9 @@ def test_save_writes_a_picture_anywhere(models: dict[str, TrainedModel], tmp_pat
         assert opened.size == (32, 32)
 
 
-@pytest.mark.parametrize(("name", "content", "words"), [("gone.png", None, "not a file"), ("a.png", b"no", "not a picture")])
+@pytest.mark.parametrize(
+    ("name", "content", "words"), [("gone.png", None, "not a file"), ("a.png", b"no", "not a picture")]
+)
 def test_a_file_that_cannot_be_used_is_refused_before_the_backbone_is_loaded(
     runs: dict[str, Run], tmp_path: Path, name: str, content: bytes | None, words: str
 ) -> None:
@@ -125,7 +127,7 @@ def test_a_file_that_cannot_be_used_is_refused_before_the_backbone_is_loaded(
 def test_prompts_that_a_new_picture_cannot_have_are_refused(runs: dict[str, Run]) -> None:
     model = load_model(runs["depth"])
     model.extraction = dataclasses.replace(model.extraction, prompts="oracle")
-    with pytest.raises(DataError, match="new pictures need a run trained on a store with --prompts empty"):
+    with pytest.raises(DataError, match="new pictures need a run on a store with --prompts empty"):
         predict(model, [Sample(sample_id="mine", image=scene(0).image)])
     assert model.prepared(scene(0)).prompt == scene(0).prompts["oracle"]
 
