@@ -16,9 +16,11 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is import
 
 import torch
 
+from mmdiff_cache.flux_scenes.adherence import Trial
 from mmdiff_cache.flux_scenes.autoencoder import AutoencoderRecipe
 from mmdiff_cache.flux_scenes.build import Architecture
 from mmdiff_cache.flux_scenes.distill import DistillRecipe
+from mmdiff_cache.flux_scenes.judge import JudgeRecipe
 from mmdiff_cache.flux_scenes.rectified_flow import FlowRecipe, Phase
 from mmdiff_cache.flux_scenes.stages import (
     Recipe,
@@ -28,11 +30,13 @@ from mmdiff_cache.flux_scenes.stages import (
     distill_stage,
     export_stage,
     flow_stage,
+    judge_stage,
     latents_stage,
+    pictures_stage,
 )
 
 WEIGHTS = Path(__file__).parents[1] / "mmdiff_cache" / "assets" / "flux-scenes"
-STAGES = ("corpus", "autoencoder", "latents", "flow", "distill", "export")
+STAGES = ("corpus", "autoencoder", "latents", "flow", "distill", "export", "judge", "pictures")
 
 
 def cpu() -> Recipe:
@@ -44,8 +48,10 @@ def cpu() -> Recipe:
         autoencoder=AutoencoderRecipe(
             steps=2500, batch=8, learning_rate=2e-3, warmup=30, whole_share=0.1, shards=4
         ),
-        flow=FlowRecipe(phases=(Phase(size=64, steps=1200, batch=32), Phase(size=128, steps=1000, batch=16))),
-        distill=DistillRecipe(steps=120, batch=12),
+        flow=FlowRecipe(phases=(Phase(size=64, steps=1000, batch=32), Phase(size=128, steps=600, batch=16))),
+        distill=DistillRecipe(steps=80, batch=8, compiled=False),
+        judge=JudgeRecipe(scenes=5000, steps=3000, batch=12),
+        trial=Trial(),
     )
 
 
@@ -60,6 +66,8 @@ def cuda() -> Recipe:
             phases=(Phase(size=64, steps=8000, batch=256), Phase(size=128, steps=30000, batch=256))
         ),
         distill=DistillRecipe(steps=3000, batch=256),
+        judge=JudgeRecipe(scenes=20000, steps=6000, batch=64),
+        trial=Trial(),
     )
 
 
@@ -94,8 +102,12 @@ def main() -> None:
                 flow_stage(recipe, shop)
             case "distill":
                 distill_stage(recipe, shop)
-            case _:
+            case "export":
                 export_stage(recipe, shop, out=asked.out)
+            case "judge":
+                judge_stage(recipe, shop, out=asked.out)
+            case _:
+                pictures_stage(recipe, shop, out=asked.out)
 
 
 if __name__ == "__main__":

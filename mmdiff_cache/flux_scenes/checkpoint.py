@@ -1,6 +1,6 @@
 """Training state on disk, so that a killed run goes on as if nothing had happened.
 
-A checkpoint is a folder: `weights.safetensors`, `optimisers.pt` and `state.json` (step, seconds, random state);
+A checkpoint is a folder: `weights.safetensors`, `optimisers.pt` and `state.json` (step, time, random state);
 written beside the last one, it takes that one's place by a rename.
 """
 

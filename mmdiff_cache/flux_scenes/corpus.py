@@ -83,7 +83,7 @@ def read_prompts(corpus: Corpus) -> list[Prompts]:
 
 
 def encode_corpus(corpus: Corpus, autoencoder: AutoencoderKL, *, size: int, device: torch.device) -> None:
-    """Write the latents (means, not scaled) of every scene shrunk to `size` pixels, and of its mirror image."""
+    """Write the latents (means, not scaled) of every scene shrunk to `size` pixels, mirrored too."""
     for number in range(corpus.shards):
         path = _latents_path(corpus, size, number)
         if path.exists():

@@ -46,7 +46,7 @@ class FlowRecipe:
     muon: bool = True  # orthogonalised momentum for the blocks' matrices, AdamW for everything else
     weight_decay: float = 0.01
     warmup: int = 100
-    decay: float = 0.25
+    decay: float = 0.2
     ema: float = 0.999
     guidance: tuple[float, float] = (1.0, 5.0)  # drawn at random and of no meaning until it is distilled
     prompts: PromptMix = field(default_factory=PromptMix)
@@ -269,8 +269,8 @@ def build_optimisers(model: Velocity, recipe: FlowRecipe) -> list[torch.optim.Op
 
 
 def prepare(model: Velocity, *, compiled: bool) -> None:
-    """Put in the training attention and compile the blocks; weights and their names stay as they are."""
-    if model.transformer.device.type == "cpu":
+    """Compile the blocks, on a CPU with the attention made for it; the weights keep their names."""
+    if compiled and model.transformer.device.type == "cpu":
         model.transformer.set_attn_processor(TrainingAttnProcessor())  # type: ignore[arg-type]
     if compiled:
         model.transformer.compile_repeated_blocks(fullgraph=True, dynamic=False)

@@ -1,28 +1,34 @@
 """The stages of making flux-scenes. Each can be run again: what is finished is kept, what was cut goes on.
 
-    corpus -> autoencoder -> latents -> flow -> distill -> export -> judge -> card
+    corpus -> autoencoder -> latents -> flow -> distill -> export -> judge -> pictures
 
-The working folder holds everything between them; only `export` and `card` write into the weights folder.
+The working folder holds everything between them; only the last three write into the weights folder.
 """
 
 import json
 import logging
-import shutil
 from dataclasses import asdict, dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKL, FluxPipeline
 from safetensors.torch import load_file
 
 from mmdiff_cache.errors import ConfigError
+from mmdiff_cache.flux_scenes.adherence import Trial, evaluate_adherence
 from mmdiff_cache.flux_scenes.autoencoder import AutoencoderRecipe, reconstruction_psnr, train_autoencoder
 from mmdiff_cache.flux_scenes.build import Architecture, build_pipeline, load_pipeline, save_pipeline
-from mmdiff_cache.flux_scenes.corpus import Corpus, encode_corpus, read_images, render_corpus
+from mmdiff_cache.flux_scenes.corpus import SHARD, Corpus, encode_corpus, read_images, render_corpus
+from mmdiff_cache.flux_scenes.curves import draw_curves, read_metrics
 from mmdiff_cache.flux_scenes.distill import DistillRecipe, train_guidance
+from mmdiff_cache.flux_scenes.judge import JudgeRecipe, cached_truths, load_judge, save_judge, train_judge
 from mmdiff_cache.flux_scenes.rectified_flow import FlowRecipe, Lesson, open_lesson, train_flow
+from mmdiff_cache.flux_scenes.sample import draw, nearest, sheet
 from mmdiff_cache.flux_scenes.velocity import of_pipeline
+from mmdiff_cache.scenes import render_scene
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +43,8 @@ class Recipe:
     autoencoder: AutoencoderRecipe
     flow: FlowRecipe
     distill: DistillRecipe
+    judge: JudgeRecipe
+    trial: Trial
     size: int = 128
 
 
@@ -116,6 +124,42 @@ def export_stage(recipe: Recipe, shop: Workshop, *, out: Path) -> Path:
     return out
 
 
+def judge_stage(recipe: Recipe, shop: Workshop, *, out: Path) -> dict[str, Any]:
+    """Train the judge once, then score the exported pipeline; figures and pictures are written beside the weights."""
+    path = shop.work / "judge" / "judge.safetensors"
+    if not path.exists():
+        truths = cached_truths(shop.work / "judge", "judge", recipe.judge.scenes)
+        save_judge(train_judge(truths, recipe.judge, device=shop.device), path)
+    pipeline = load_pipeline(out).to(shop.device)
+    report = evaluate_adherence(pipeline, load_judge(path).to(shop.device), recipe.trial, device=shop.device)
+    report |= {"date": date.today().isoformat()} | describe_run(recipe, shop)
+    (out / "adherence.json").write_text(json.dumps(report, indent=2) + "\n")
+    return report
+
+
+def pictures_stage(recipe: Recipe, shop: Workshop, *, out: Path) -> None:
+    """Samples of seeds 0-15 above their nearest training renders, and the loss curves, for the model card."""
+    scenes = [render_scene("test", index) for index in range(16)]
+    pipeline = load_pipeline(out).to(shop.device)
+    with torch.autocast(shop.device.type, torch.bfloat16):
+        pictures = draw(
+            pipeline, [scene.caption for scene in scenes], list(range(16)), steps=recipe.trial.steps
+        )
+    corpus = shop.corpus(recipe)
+    found = nearest(pictures, corpus)
+    closest = np.stack([read_images(corpus, number // SHARD)[number % SHARD] for number, _ in found])
+    rows = [part for start in (0, 8) for part in (pictures[start : start + 8], closest[start : start + 8])]
+    sheet(rows).save(out / "samples.jpg", quality=88)
+    texts = [
+        {"seed": seed, "prompt": scene.caption, "nearest": number, "grey_levels": distance}
+        for seed, (scene, (number, distance)) in enumerate(zip(scenes, found, strict=True))
+    ]
+    (out / "samples.json").write_text(json.dumps(texts, indent=2) + "\n")
+    draw_curves(read_metrics(shop.work / "flow" / "metrics.jsonl"), "train").save(
+        out / "curves.png", optimize=True
+    )
+
+
 def current_pipeline(recipe: Recipe, shop: Workshop) -> FluxPipeline:
     """The pipeline before flow training: the start folder or untrained, with the autoencoder of this run."""
     pipeline = load_pipeline(shop.start) if shop.start else build_pipeline(recipe.architecture)
@@ -153,11 +197,6 @@ def describe_run(recipe: Recipe, shop: Workshop) -> dict[str, Any]:
         for stage, state in states.items()
     }
     return {"recipe": asdict(recipe), "done": done}
-
-
-def forget(shop: Workshop, stage: str) -> None:
-    """Delete the checkpoint of a stage, so that it starts again."""
-    shutil.rmtree(shop.work / stage, ignore_errors=True)
 
 
 def _lessons(recipe: Recipe, shop: Workshop, pipeline: FluxPipeline) -> tuple[Lesson, Lesson]:

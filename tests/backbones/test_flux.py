@@ -7,13 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import FirstBlockCacheConfig
+from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
 from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
 from PIL import Image
 from torch import Tensor
 
+from mmdiff_cache.backbones.base import PromptEmbeddings
 from mmdiff_cache.backbones.flux import PROMPT_CACHE, FluxBackbone
 from mmdiff_cache.backbones.registry import describe, load_backbone
 from mmdiff_cache.errors import BackboneError, ConfigError
+from mmdiff_cache.extraction.concept_attention import reading
+from mmdiff_cache.extraction.taps import capturing
 from tests.tiny_flux import TEXT_LENGTH, WHOLE_WORDS, save_tiny_flux
 
 LATENT = (4, 8, 8)
@@ -221,3 +225,39 @@ def test_concepts_are_conditioned_on_time_and_guidance_but_no_prompt(
     got = tiny_backbone.concept_modulation(t, 3.5)
     expected = pipeline.transformer.time_text_embed(t * 1000, torch.full((2,), 3500.0), torch.zeros(2, 32))
     assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99", ""])
+def test_a_device_that_is_not_there_is_refused(device: str, tiny_flux_folder: Path) -> None:
+    with pytest.raises(ConfigError, match="device"):
+        load_backbone(describe(str(tiny_flux_folder)), device=device)
+
+
+def test_flux_dev_at_full_size_runs_through_the_same_code(tiny_flux_folder: Path) -> None:
+    """All 57 blocks of FLUX.1-dev's real shape, on the meta device: shapes are computed, numbers are not."""
+    info = describe("flux-dev")
+    with torch.device("meta"):
+        transformer = FluxTransformer2DModel(guidance_embeds=True).to(torch.bfloat16)
+    pipeline = FluxPipeline.from_pretrained(tiny_flux_folder, transformer=transformer)
+    backbone = FluxBackbone(info, pipeline, folder=tiny_flux_folder, text_length=info.text_length)
+    assert tuple(backbone.blocks) == info.blocks
+    channels, height, width = info.latent_shape(info.resolution)
+    t = torch.empty(2, device="meta")
+    prompts = PromptEmbeddings(
+        tokens=torch.empty(2, info.text_length, 4096, device="meta", dtype=torch.bfloat16),
+        pooled=torch.empty(2, 768, device="meta", dtype=torch.bfloat16),
+    )
+    words = torch.empty(4, info.channels, device="meta", dtype=torch.bfloat16)
+    modulation = backbone.concept_modulation(t, info.guidance)
+    with (
+        reading(backbone.blocks, {"words": words}, modulation) as streams,
+        capturing(backbone.blocks, info.layers, text_tokens=info.text_length, image_tokens=1024) as seen,
+    ):
+        noised = torch.empty(2, channels, height, width, device="meta")
+        velocity = backbone.forward(noised, t, prompts, info.guidance)
+    assert velocity.shape == (2, 16, 64, 64)
+    assert {address: tuple(tensor.shape) for address, tensor in seen.items()} == dict.fromkeys(
+        info.layers, (2, 1024, 3072)
+    )
+    assert list(streams["words"].scores) == list(info.double_blocks)
+    assert {tuple(scores.shape) for scores in streams["words"].scores.values()} == {(2, 4, 1024)}

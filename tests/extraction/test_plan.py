@@ -33,6 +33,16 @@ def test_resolving_fills_every_field_and_changes_nothing_twice(config: ExtractCo
     assert resolved.layers == ("single.0", "single.1", "single.2", "single.3")
 
 
+def test_lists_and_paths_from_python_are_as_good_as_tuples_and_text(
+    config: ExtractConfig, tmp_path: Path
+) -> None:
+    written = resolve(replace(config, layers=("single.1",), timesteps=(0.5,)))
+    python = replace(config, layers=["single.1"], timesteps=[0.5], store=tmp_path / "store")  # type: ignore[arg-type]
+    assert resolve(python) == written
+    with pytest.raises(ConfigError, match="limit must be int"):
+        resolve(replace(config, limit=2.5))  # type: ignore[arg-type]
+
+
 def test_the_data_set_brings_its_backbone_and_the_paper_its_defaults() -> None:
     resolved = resolve(ExtractConfig(dataset="images", data_root="."))
     assert resolved.backbone == "flux-dev"
@@ -181,7 +191,7 @@ def test_a_disk_that_is_too_small_is_named_with_what_is_missing(
     with pytest.raises(StorageError, match=r"1\.0 kB free; choose fewer --layers") as caught:
         check_disk(planned)
     assert caught.value.exit_code == 4
-    check_disk(planned, done=planned.total)
+    check_disk(replace(planned, done=planned.total))
 
 
 def test_a_store_below_a_file_is_refused(config: ExtractConfig, tmp_path: Path) -> None:

@@ -117,18 +117,18 @@ def test_what_is_there_already_is_nothing_to_do(finished: Path, asked: Manifest)
         assert [writer.pending(split) for split in asked.splits] == [[]] * len(asked.splits)
 
 
-@pytest.mark.parametrize(
-    "name", ["fewer layers", "layers in another order", "another codec", "the first samples"]
-)
-def test_an_unfinished_store_is_finished_only_by_its_own_plan(tmp_path: Path, name: str) -> None:
+def test_an_unfinished_store_is_finished_only_by_its_own_plan(tmp_path: Path) -> None:
     """Rows of another layer order have the same shape: they must never get in."""
     path, whole = tmp_path / "s", make_manifest()
+    smaller = ("fewer layers", "layers in another order", "another codec", "the first samples")
     with open_writer(path, whole) as writer:
         write_partition(writer, writer.pending("test")[0])
-    with pytest.raises(StoreError, match=r"is not finished \(train-000000 is the first of"):
-        open_writer(path, CONTAINED[name])
+    for name in smaller:
+        with pytest.raises(StoreError, match=r"is not finished \(train-000000 is the first of"):
+            open_writer(path, CONTAINED[name])
     write_store(path, whole)
-    open_writer(path, CONTAINED[name]).close()
+    for name in smaller:
+        open_writer(path, CONTAINED[name]).close()
 
 
 def test_one_split_of_an_unfinished_store_may_be_asked_for(tmp_path: Path) -> None:

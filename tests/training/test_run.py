@@ -260,6 +260,21 @@ def test_baseline_sources_train_and_load(learnable_store: Path, tmp_path: Path, 
     assert model_for_run(run, "raw").parameter_counts()
 
 
+@pytest.mark.parametrize("task", TASKS)
+def test_every_default_decoder_takes_a_step(learnable_store: Path, tmp_path: Path, task: str) -> None:
+    run = train(
+        small_config(learnable_store, tmp_path / "run", task=task, decoder=None, steps=1, batch_size=2)
+    )
+    assert run.config.decoder == TASKS[task].decoder
+    assert run.finished
+
+
+def test_bfloat16_trains_weights_that_stay_float32(learnable_store: Path, tmp_path: Path) -> None:
+    run = train(small_config(learnable_store, tmp_path / "run", precision="bfloat16", steps=4, batch_size=2))
+    assert all(tensor.dtype == torch.float32 for tensor in model_for_run(run).state_dict().values())
+    assert all(line["loss"] > 0 for line in read_metrics(run.path) if "loss" in line)
+
+
 def test_a_task_is_one_entry(learnable_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake = replace(TASKS["segmentation"], name="surfaces", label="material", vocabulary="depth")
     monkeypatch.setattr(mmdiff_cache.tasks, "TASKS", {**TASKS, "surfaces": fake})
