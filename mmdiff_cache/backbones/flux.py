@@ -33,16 +33,14 @@ PROMPT_CACHE = 64
 class FluxBackbone(Backbone):
     """A FluxPipeline whose transformer may lack its last single blocks."""
 
-    def __init__(
-        self, info: BackboneInfo, pipeline: FluxPipeline, *, weights_sha256: str, text_length: int
-    ) -> None:
+    def __init__(self, info: BackboneInfo, pipeline: FluxPipeline, *, folder: Path, text_length: int) -> None:
         self.info = info
         self._pipeline = pipeline
+        self._folder = folder
         self._transformer = cast(FluxTransformer2DModel, pipeline.transformer)
         self._vae = cast(AutoencoderKL, pipeline.vae)
         self.device = self._transformer.device
         self.dtype = self._transformer.dtype
-        self._weights_sha256 = weights_sha256
         self._text_length = text_length
         self._prompts: dict[str, tuple[Tensor, Tensor]] = {}
         self._blocks = _list_blocks(self._transformer)
@@ -57,17 +55,16 @@ class FluxBackbone(Backbone):
         quantisation = getattr(self._transformer.config, "quantization_config", None) or {}
         return {
             "pipeline": self.info.architecture.pipeline,
-            "weights_sha256": self._weights_sha256,
+            "weights_sha256": hash_weights(self._folder),
             "dtype": str(self.dtype).removeprefix("torch."),
             "quantisation": str(quantisation.get("quant_method", "none")),
         }
 
     @torch.inference_mode()
     def encode_image(self, images: UInt8[Tensor, "B H W 3"]) -> Float[Tensor, "B c H_f W_f"]:
-        # Channels-last in memory, as diffusers' image processor leaves it: the convolutions' bits depend on it.
+        # Channels-last in memory, as diffusers' image processor leaves it: a convolution's bits depend on it.
         pixels = rearrange(images.to(self.device), "B H W rgb -> B rgb H W").to(torch.float32) / 255 * 2 - 1
-        # TF32 convolutions would make the latents of a GPU differ from a CPU's in the third digit.
-        with torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False):
+        with _full_precision_convolutions():
             posterior = cast(Any, self._vae.encode(pixels)).latent_dist
         config = cast(Any, self._vae.config)
         return (posterior.mode() - (config.shift_factor or 0.0)) * config.scaling_factor
@@ -162,8 +159,7 @@ def load_flux(
     text_length: int,
 ) -> FluxBackbone:
     """Load a FluxPipeline folder; see `registry.load_backbone`. The VAE always runs in float32."""
-    chosen = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-    depth = _single_blocks_needed(info, layers)
+    chosen, depth = _choose_device(device), _single_blocks_needed(info, layers)
     logger.info("loading %s from %s: %d single blocks, %s, %s", info.name, folder, depth, dtype, chosen)
     local = {"use_safetensors": True, "local_files_only": True}
     try:
@@ -178,8 +174,22 @@ def load_flux(
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise BackboneError(f"the weights of {info.name} in {folder} cannot be loaded: {error}") from error
     pipeline.set_progress_bar_config(disable=True)
-    digest = hash_weights(folder)
-    return FluxBackbone(info, pipeline.to(chosen), weights_sha256=digest, text_length=text_length)
+    return FluxBackbone(info, pipeline.to(chosen), folder=folder, text_length=text_length)
+
+
+def _choose_device(device: str | torch.device) -> torch.device:
+    present = torch.cuda.device_count()
+    if device == "auto":
+        return torch.device("cuda" if present else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise ConfigError(f"device must be auto, cpu, cuda or cuda:<number>, got {device!r}") from error
+    if chosen.type == "cuda" and (chosen.index or 0) >= present:
+        raise ConfigError(
+            f"device {device} is not on this machine, which has {present} CUDA devices; try auto"
+        )
+    return chosen
 
 
 @contextmanager
@@ -219,6 +229,16 @@ def _list_blocks(transformer: FluxTransformer2DModel) -> dict[str, BlockSlot]:
         )
         for index, block in enumerate(container)
     }
+
+
+@contextmanager
+def _full_precision_convolutions() -> Generator[None]:
+    """Keep a GPU from rounding float32 convolutions to TF32, which would change latents in the third digit."""
+    cudnn = torch.backends.cudnn
+    with cudnn.flags(
+        enabled=cudnn.enabled, benchmark=cudnn.benchmark, deterministic=cudnn.deterministic, allow_tf32=False
+    ):
+        yield
 
 
 def _image_ids(height: int, width: int, device: torch.device) -> Float[Tensor, "N 3"]:
