@@ -9,12 +9,14 @@ from pathlib import Path
 
 from mmdiff_cache.backbones.info import BackboneInfo
 from mmdiff_cache.backbones.registry import BACKBONES, describe
-from mmdiff_cache.config import ExtractConfig, filled
+from mmdiff_cache.config import ExtractConfig, data_folder, filled
 from mmdiff_cache.datasets.base import Dataset
 from mmdiff_cache.datasets.prompts import ORACLE, PromptRule, open_prompts
 from mmdiff_cache.datasets.registry import DatasetEntry, find_dataset
 from mmdiff_cache.errors import ConfigError, StorageError
 from mmdiff_cache.extraction.cost import Cost, estimate
+from mmdiff_cache.store.manifest import MANIFEST, read_manifest
+from mmdiff_cache.store.records import record_path
 from mmdiff_cache.store.schema import (
     LabelArray,
     StoreSchema,
@@ -42,6 +44,8 @@ class ExtractionPlan:
     samples: Mapping[str, tuple[str, ...]]
     """Ordered sample ids of every split."""
     schema: StoreSchema
+    done: int
+    """Samples of the plan that are in the store already, as far as its records say."""
     raw_bytes: int
     stored_bytes: int
     """Estimated bytes on disk, rounded to the safe side."""
@@ -69,6 +73,7 @@ def resolve(config: ExtractConfig) -> ExtractConfig:
 
     Raises ConfigError for an unknown data set, split, layer, prompt rule or a resolution that does not fit.
     """
+    config = ExtractConfig.from_json(config.to_json())  # lists and paths from Python become what is stored
     entry = find_dataset(config.dataset)
     name = config.backbone or entry.backbone
     info = describe(name)
@@ -112,6 +117,7 @@ def plan(config: ExtractConfig) -> ExtractionPlan:
         prompts.check(ids)
     schema = _schema(config, info, dataset)
     counts = [len(ids) for ids in samples.values()]
+    done = _count_done(Path(filled(config.store)), samples)
     return ExtractionPlan(
         config=config,
         backbone=info,
@@ -119,28 +125,24 @@ def plan(config: ExtractConfig) -> ExtractionPlan:
         prompts=prompts,
         samples=samples,
         schema=schema,
+        done=done,
         raw_bytes=sum(raw_bytes(schema, count) for count in counts),
         stored_bytes=sum(estimated_bytes(schema, count, filled(config.dtype)) for count in counts),
         files=sum(file_count(schema, count) for count in counts),
-        cost=estimate(config, info, samples=sum(counts)),
+        cost=estimate(config, info, samples=sum(counts) - done),
         free_bytes=shutil.disk_usage(existing_parent(Path(filled(config.store)))).free,
     )
 
 
-def check_disk(plan: ExtractionPlan, done: int = 0) -> None:
-    """Raise StorageError when what is left to write does not fit; `done` samples are in the store already."""
-    needed = math.ceil(plan.stored_bytes * (plan.total - done) / plan.total)
+def check_disk(plan: ExtractionPlan) -> None:
+    """Raise StorageError when what is left to write does not fit on the disk."""
+    needed = math.ceil(plan.stored_bytes * (plan.total - plan.done) / plan.total)
     if needed > plan.free_bytes:
         raise StorageError(
             f"the store needs about {show_bytes(needed)} more, but the disk of {plan.store} has "
             f"{show_bytes(plan.free_bytes)} free; "
             "choose fewer --layers, --timesteps or samples (--limit), or another disk with --store"
         )
-
-
-def data_folder() -> Path:
-    """Where stores go by default: $MMDIFF_DATA, or data/ in the current folder."""
-    return Path(os.environ.get("MMDIFF_DATA") or "data")
 
 
 def existing_parent(path: Path) -> Path:
@@ -183,6 +185,19 @@ def _batching(config: ExtractConfig, tokens: int) -> tuple[int, int]:
     return batch, partition
 
 
+def _count_done(store: Path, samples: Mapping[str, tuple[str, ...]]) -> int:
+    if not (store / MANIFEST).exists():
+        return 0
+    stored = read_manifest(store)
+    recorded = (
+        min(partition.stop, len(samples[split])) - partition.start
+        for split in samples.keys() & stored.splits.keys()
+        for partition in stored.partitions(split)
+        if (store / record_path(partition)).exists()
+    )
+    return sum(max(count, 0) for count in recorded)
+
+
 def _schema(config: ExtractConfig, info: BackboneInfo, dataset: Dataset) -> StoreSchema:
     resolution = filled(config.resolution)
     return StoreSchema(
@@ -218,7 +233,8 @@ def _lines(plan: ExtractionPlan) -> Iterable[tuple[str, str]]:
     yield "concepts", ", ".join(f"{v.name} ({' '.join(v.concepts)})" for v in schema.vocabularies) or "none"
     yield "labels", ", ".join(label.spec.name for label in schema.labels) or "none"
     yield "batches", f"{config.batch_size} samples a forward pass, {config.partition_size} a partition"
-    yield "store", str(plan.store)
+    there = f" (holds {plan.done:,} of these {plan.total:,} samples already)" if plan.done else ""
+    yield "store", f"{plan.store}{there}"
     ratio = plan.raw_bytes / plan.stored_bytes
     yield (
         "size",

@@ -19,7 +19,6 @@ from mmdiff_cache.extraction.plan import plan as make_plan
 from mmdiff_cache.extraction.sources import check_unchanged, mended_partitions
 from mmdiff_cache.extraction.worker import run_partition
 from mmdiff_cache.records import Progress
-from mmdiff_cache.store.manifest import MANIFEST
 from mmdiff_cache.store.reader import Store, open_store
 from mmdiff_cache.store.records import Partition
 from mmdiff_cache.store.writer import StoreWriter, open_writer
@@ -41,8 +40,7 @@ def extract(plan: ExtractionPlan | ExtractConfig, progress: Progress | None = No
     """
     if isinstance(plan, ExtractConfig):
         plan = make_plan(plan)
-    if not (plan.store / MANIFEST).exists():
-        check_disk(plan)
+    check_disk(plan)
     manifest = build_manifest(plan)
     with open_writer(plan.store, manifest) as writer, _log_file(plan.store):
         pending = [partition for split in plan.samples for partition in writer.pending(split)]
@@ -50,7 +48,6 @@ def extract(plan: ExtractionPlan | ExtractConfig, progress: Progress | None = No
         check_unchanged(plan, before)
         pending += [partition for partition in mended_partitions(plan, before) if partition not in pending]
         left = sum(partition.size for partition in pending)
-        check_disk(plan, done=plan.total - left)
         if pending:
             logger.info("%d of %d samples to extract\n%s", left, plan.total, plan)
             _run(plan, writer, pending, progress or _silent)
