@@ -233,7 +233,7 @@ def _list_blocks(transformer: FluxTransformer2DModel) -> dict[str, BlockSlot]:
 
 @contextmanager
 def _full_precision_convolutions() -> Generator[None]:
-    """Keep a GPU from rounding float32 convolutions to TF32, which would change latents in the third digit."""
+    """Keep a GPU from rounding convolutions to TF32, which would change latents in the third digit."""
     cudnn = torch.backends.cudnn
     with cudnn.flags(
         enabled=cudnn.enabled, benchmark=cudnn.benchmark, deterministic=cudnn.deterministic, allow_tf32=False
