@@ -25,8 +25,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .errors import ConfigError, StoreIncomplete
-from .store.reader import SplitReader, Store, open_store
+from mmdiff_cache.errors import ConfigError, StoreIncomplete
+from mmdiff_cache.store.reader import SplitReader, Store, open_store
 
 _logger = logging.getLogger(__name__)
 
@@ -59,8 +59,7 @@ class Batch:
 
 
 def concept_maps(scores: NDArray[np.float32], blocks: Sequence[int]) -> NDArray[np.float32]:
-    """Raw scores [B T block K h w] -> maps [B K h w]: softmax over the concepts, then the mean over blocks
-    and timesteps.
+    """Raw scores [B T block K h w] to maps [B K h w]: softmax over concepts, mean over blocks and timesteps.
 
     `blocks` are positions on the block axis. Paper: Sec. 3.2, Eq. 4.
     """
@@ -113,8 +112,7 @@ class SampleMemory:
 
 
 class CachedFeatureDataset(Dataset[dict[str, Tensor]]):
-    """The samples of one split of a store with the chosen layers and timesteps, in the order in which they
-    are given.
+    """The samples of one split of a store, with layers and timesteps in the order in which they are given.
 
     `concepts` names a stored vocabulary; its maps are averaged over the chosen timesteps. `labels` names
     label sets. `source="latents"` yields the clean VAE latent, `"images"` the picture, in place of the
@@ -284,8 +282,7 @@ def make_loader(
     threads: int = PREFETCH_THREADS,
     ahead: int = BATCHES_AHEAD,
 ) -> Iterator[Batch]:
-    """Batches number `start` to `start + steps`, counted over all epochs; by default the rest of the epoch of
-    `start`.
+    """Batches number `start` to `start + steps`, counted over all epochs; by default to the end of an epoch.
 
     Each epoch is a true shuffle of the whole split, given by (seed, epoch) alone, so that a training that
     goes on at step n sees what it would have seen. At most `ahead` batches wait in memory while `threads`

@@ -12,12 +12,12 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from . import losses
-from .config import DecoderName
-from .errors import ConfigError
-from .metrics import DepthMetric, Metric, SaliencyMetric, SegmentationMetric
-from .records import LabelKind, LabelSpec
-from .scenes import SHAPES, TEXTURES
+from mmdiff_cache import losses
+from mmdiff_cache.config import DecoderName
+from mmdiff_cache.errors import ConfigError
+from mmdiff_cache.metrics import DepthMetric, Metric, SaliencyMetric, SegmentationMetric
+from mmdiff_cache.records import LabelKind, LabelSpec
+from mmdiff_cache.scenes import SHAPES, TEXTURES
 
 EPOCHS = 20
 """Passes over the training samples when no number of steps is given (Paper: Sec. 4.1)."""
@@ -29,9 +29,7 @@ SUBSETS: Mapping[tuple[str, str], tuple[str, tuple[str, ...]]] = {
     ("scenes", "segmentation"): ("shapes", SHAPES),
     ("scenes", "material"): ("materials", TEXTURES),
 }
-"""By (data set, label set): the classes whose mean IoU is the headline, where easy ones would blur it (sky,
-ground).
-"""
+"""By (data set, label set): the classes whose mean IoU is the headline, without easy ones (sky, ground)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -20,9 +20,8 @@ from mmdiff_cache.records import LabelKind, LabelSpec
 from mmdiff_cache.scenes import Scene, render_scene
 from mmdiff_cache.store.reader import SplitReader
 from mmdiff_cache.tasks import SUBSETS, Task
-
-from . import pixels
-from .scoring import Predictor
+from mmdiff_cache.training import pixels
+from mmdiff_cache.training.scoring import Predictor
 
 LABELS_AT_ONCE = 64
 MEDIAN_BYTES = 256 * 1024**2
@@ -225,9 +224,7 @@ TRAINED: tuple[TrainedBaseline, ...] = (
 
 
 def trained_config(baseline: TrainedBaseline, config: TrainConfig, run: Path) -> TrainConfig:
-    """The training of a baseline beside a run: equal steps and batches, no concepts, its folder inside the
-    run's.
-    """
+    """A baseline's training beside a run: equal steps and batches, no concepts, a folder inside the run's."""
     folder = run / "baselines" / baseline.source
     return replace(baseline.changes(config), run=str(folder), concepts=NO_CONCEPTS, discriminative=())
 

@@ -14,9 +14,8 @@ from mmdiff_cache.records import LabelSpec
 from mmdiff_cache.store.manifest import hash_of_ids
 from mmdiff_cache.store.reader import Store, open_store
 from mmdiff_cache.tasks import Task, find_task, out_channels
-
-from .pixels import PIXELS_MULTIPLE, PixelSpec, PixelUNet
-from .resolve import TRAIN_SPLIT, Origin, label_spec, origin, training_samples
+from mmdiff_cache.training.pixels import PIXELS_MULTIPLE, PixelSpec, PixelUNet
+from mmdiff_cache.training.resolve import TRAIN_SPLIT, Origin, label_spec, origin, training_samples
 
 Model = MMDiff | PixelUNet
 Spec = ModelSpec | PixelSpec
@@ -28,7 +27,7 @@ DEPTH_SAMPLES = 256
 
 _KINDS: Mapping[str, tuple[type[Any], Callable[[Any], Model]]] = {
     "mmdiff": (ModelSpec, MMDiff.from_spec),
-    "pixels": (PixelSpec, PixelUNet.from_spec),
+    "pixels": (PixelSpec, PixelUNet),
 }
 
 
@@ -43,9 +42,7 @@ def spec_to_json(spec: Spec) -> dict[str, Any]:
 
 
 def spec_from_json(values: Mapping[str, Any]) -> Spec:
-    """Read back what `spec_to_json` gave. Raises CheckpointError for a kind or a field that this code does
-    not know.
-    """
+    """Read back what `spec_to_json` gave. Raises CheckpointError for a kind or field it does not know."""
     fields = dict(values)
     kind = fields.pop("kind", None)
     if kind not in _KINDS:
@@ -77,9 +74,7 @@ class Setup:
 
     @property
     def store_identity(self) -> dict[str, str]:
-        """What a checkpoint must have in common with the store to go on: where it comes from, and the
-        samples.
-        """
+        """What a checkpoint must have in common with the store to go on: its origin and its samples."""
         ids = [self.samples.reader.ids[index] for index in self.samples.indices]
         return {
             "fingerprint": self.origin.fingerprint,
@@ -112,9 +107,7 @@ def set_up(config: TrainConfig) -> Setup:
 def open_dataset(
     config: TrainConfig, store: Store, split: str, indices: tuple[int, ...] | None = None, share: float = 0.0
 ) -> CachedFeatureDataset:
-    """The samples of a split, read the way a resolved configuration says; `share` of its memory may keep
-    them.
-    """
+    """The samples of a split as a resolved configuration reads them; `share` of its memory may keep them."""
     return CachedFeatureDataset(
         store,
         split,

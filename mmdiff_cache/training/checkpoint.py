@@ -90,9 +90,7 @@ def write_json(path: Path, values: Any) -> None:
 
 
 def read_header(path: Path) -> Header:
-    """The header alone, without reading a tensor. Raises CheckpointError for a missing, damaged or newer
-    file.
-    """
+    """The header alone. Raises CheckpointError for a missing, damaged, foreign or newer file."""
     with _open(path) as file:
         text = (file.metadata() or {}).get("mmdiff_cache")
     if text is None:
@@ -129,9 +127,7 @@ def _open(path: Path) -> safe_open:
 
 
 def load_weights(model: torch.nn.Module, path: Path, group: str) -> None:
-    """Fill a model from one group of a checkpoint. Raises CheckpointError naming the first tensor that does
-    not fit.
-    """
+    """Fill a model from a group of a checkpoint. Raises CheckpointError naming a tensor that does not fit."""
     tensors, wanted = read_group(path, group), model.state_dict()
     for name in sorted(tensors.keys() ^ wanted.keys()):
         where = "the checkpoint" if name in wanted else "the model"

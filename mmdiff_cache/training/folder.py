@@ -1,5 +1,4 @@
-"""The folder of a run: claimed once, locked while it is trained, with its log, its metrics and what it ran
-on.
+"""The folder of a run: claimed once, locked while it is trained, with its log and its metrics.
 
 runs/depth-scenes-flux-scenes-1/
     config.json         the resolved configuration; `train --config` takes it back
@@ -47,9 +46,7 @@ def new_folder(name: str, runs: Path = RUNS) -> Path:
 
 
 def open_folder(folder: Path) -> bool:
-    """Make a named run folder, or find it; say whether a run is in it. Raises ConfigError if something else
-    is.
-    """
+    """Make a named run folder, or find it; say whether it has a run. ConfigError if it has something else."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         entries = [entry.name for entry in folder.iterdir()]
@@ -72,9 +69,7 @@ def _refused(folder: Path, error: OSError) -> StorageError:
 
 @contextmanager
 def locked(folder: Path) -> Generator[None]:
-    """Hold the folder for one training. The lock dies with the process. Raises ConfigError if another one
-    holds it.
-    """
+    """Hold the folder for one training. Raises ConfigError if another process holds it."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         try:

@@ -7,7 +7,7 @@ scored by the same code with the same steps, losses and labels. A baseline, not 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Literal
 
 import torch
 from einops import rearrange
@@ -23,9 +23,7 @@ GROUPS = 8
 PIXELS_MULTIPLE = 16
 """Sides of the pictures must be multiples of it: four halvings."""
 LEARNING_RATE = 2e-3
-"""It starts from nothing, so it learns twenty times as fast as heads on frozen features, lest it be a straw
-man.
-"""
+"""It starts from nothing, so it learns at twenty times the rate of the heads, lest it be a straw man."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,9 +55,7 @@ class Stage(nn.Sequential):
 
 
 class PixelUNet(nn.Module):
-    """Four scales down, three up, on 2 x 2 pixels at a time. Called like `MMDiff`, with the picture as its
-    features.
-    """
+    """Four scales down, three up, on 2 x 2 pixels at a time; called like `MMDiff`, on pictures."""
 
     def __init__(self, spec: PixelSpec) -> None:
         super().__init__()
@@ -70,11 +66,6 @@ class PixelUNet(nn.Module):
         self.head = nn.Conv2d(WIDTHS[0], 4 * spec.out_channels, 1)
         if spec.output == "depth" and self.head.bias is not None:
             nn.init.constant_(self.head.bias, math.log(spec.typical_depth))
-
-    @classmethod
-    def from_spec(cls, spec: PixelSpec) -> Self:
-        """Build the network with fresh weights."""
-        return cls(spec)
 
     def forward(
         self,

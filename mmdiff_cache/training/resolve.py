@@ -144,8 +144,7 @@ def pick_device(name: str) -> str:
 
 
 def training_samples(reader: SplitReader, limit: int | None) -> tuple[int, ...]:
-    """Positions of the samples of the training split that may be used: the first `limit`, less those that
-    failed.
+    """Positions of the training samples that may be used: the first `limit`, less those that failed.
 
     Raises StoreIncomplete naming the first sample among them that was never finished.
     """

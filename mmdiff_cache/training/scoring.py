@@ -1,6 +1,4 @@
-"""From a batch to predictions, and from predictions to scores. Evaluation and prediction both go through
-here.
-"""
+"""From a batch to predictions, and to scores. Evaluation and prediction both go through here."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -15,8 +13,7 @@ from torch import Tensor
 from mmdiff_cache.loader import Batch, CachedFeatureDataset, make_loader
 from mmdiff_cache.records import Progress
 from mmdiff_cache.tasks import Task
-
-from .build import Model
+from mmdiff_cache.training.build import Model
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
@@ -27,9 +24,7 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any
 def forward_batch(
     model: Model, batch: Batch, size: tuple[int, int] | None = None, precision: str = "float32"
 ) -> Float[Tensor, "B out H W"]:
-    """A model's outputs for a batch, on the model's device, at `size` = (H, W); by default the network's
-    input size.
-    """
+    """A model's outputs on its own device, at `size` = (H, W); by default the size of the network's input."""
     device = next(model.parameters()).device
     with autocast(device, precision):
         return model(

@@ -1,0 +1,105 @@
+"""The result of an evaluation: a value that prints as a table."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mmdiff_cache.tasks import SUBSETS, find_task
+
+ORACLE = "oracle"
+"""Rule of the prompts that name the objects of the picture."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Evaluation:
+    """Scores with all that is needed to read them. `str()` is the table, `to_json()` everything."""
+
+    run: str
+    task: str
+    data_set: str
+    split: str
+    samples: int
+    backbone: str
+    prompts: str
+    """Rule of the prompts; scores with `oracle` are an upper bound."""
+    source: str
+    weights: str
+    """Which weights `scores` and `per_sample` are of."""
+    step: int
+    headline: str
+    higher_is_better: bool
+    scores: Mapping[str, Any]
+    other_weights: Mapping[str, Mapping[str, Any]]
+    """The same scores with the other weights of the last step."""
+    baselines: Mapping[str, Mapping[str, Any]]
+    """The same scores without features, by name."""
+    per_sample: Mapping[str, Mapping[str, float]]
+    """Each sample's own scores, by sample id."""
+    protocol: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return dataclasses.asdict(self)
+
+    def __str__(self) -> str:
+        return "\n".join(_lines(self))
+
+
+def _lines(result: Evaluation) -> list[str]:
+    """The printed form: what was scored, the table, the classes, the protocol."""
+    bound = " (the prompts name the objects: an upper bound)" if result.prompts == ORACLE else ""
+    features = "" if result.source == "hidden_states" else f", source {result.source}"
+    columns = [key for key in _columns(result)]
+    order = "higher" if result.higher_is_better else "lower"
+    rows = [
+        ["", *columns],
+        [f"{result.weights} weights", *_cells(result.scores, columns)],
+        *([f"{name} weights", *_cells(scores, columns)] for name, scores in result.other_weights.items()),
+        *([name, *_cells(scores, columns)] for name, scores in result.baselines.items()),
+    ]
+    lines = [
+        f"{result.task} on {result.data_set} {result.split}: {result.headline} "
+        f"{_number(_value(result.scores, result.headline))} ({order} is better)",
+        f"features of {result.backbone}, prompts {result.prompts}{bound}{features}, {result.step} steps",
+        "",
+        *_aligned(rows),
+    ]
+    iou = result.scores.get("iou")
+    if iou:
+        lines += ["", "IoU by class", *_aligned([list(iou), [_number(value) for value in iou.values()]])]
+    return [*lines, "", result.protocol]
+
+
+def _columns(result: Evaluation) -> list[str]:
+    """The scores to show, the headline first; classes that the headline leaves out stand beside it."""
+    numbers = [
+        key for key, value in result.scores.items() if isinstance(value, float) and key != result.headline
+    ]
+    subset = SUBSETS.get((result.data_set, find_task(result.task).label))
+    outside = [name for name in result.scores.get("iou", {}) if subset is not None and name not in subset[1]]
+    return [result.headline, *outside, *numbers]
+
+
+def _value(scores: Mapping[str, Any], key: str) -> float | None:
+    return scores[key] if key in scores else scores.get("iou", {}).get(key)
+
+
+def _cells(scores: Mapping[str, Any], columns: Sequence[str]) -> list[str]:
+    return [_number(_value(scores, key)) for key in columns]
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Columns as wide as their longest cell, numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            cell.ljust(width) if number == 0 else cell.rjust(width)
+            for number, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
