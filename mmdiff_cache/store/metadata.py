@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 import zarr
+from zarr.abc.buffer import Buffer
 from zarr.abc.codec import BytesBytesCodec
 from zarr.codecs import BloscCodec, Crc32cCodec
-from zarr.core.buffer import Buffer
 from zarr.storage import MemoryStore
 
 from mmdiff_cache.errors import DamageError

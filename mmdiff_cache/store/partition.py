@@ -169,9 +169,9 @@ class PartitionWriter:
         folder = self._staging / name
         folder.mkdir(parents=True)
         shutil.copyfile(self.root / name / "zarr.json", folder / "zarr.json")
-        # open_array ignores a config; without this one, a shard of nothing but fill would not be written
-        array = zarr.open_array(folder, mode="r+", zarr_format=3)
-        return array.with_config({"write_empty_chunks": True})
+        # open_array ignores a config of its own; without this a shard of nothing but fill is not written
+        with zarr.config.set({"array.write_empty_chunks": True}):
+            return zarr.open_array(folder, mode="r+", zarr_format=3)
 
     def _withdraw(self) -> None:
         """Before files are replaced: take back an older record, and the shards of samples that fail now."""
