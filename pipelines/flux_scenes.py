@@ -90,24 +90,32 @@ def main() -> None:
     shop = Workshop(
         work=asked.work, device=torch.device(asked.device), workers=asked.threads, start=asked.init
     )
-    for stage in asked.stage or STAGES:
-        match stage:
-            case "corpus":
-                corpus_stage(recipe, shop)
-            case "autoencoder":
-                autoencoder_stage(recipe, shop)
-            case "latents":
-                latents_stage(recipe, shop)
-            case "flow":
-                flow_stage(recipe, shop)
-            case "distill":
-                distill_stage(recipe, shop)
-            case "export":
-                export_stage(recipe, shop, out=asked.out)
-            case "judge":
-                judge_stage(recipe, shop, out=asked.out)
-            case _:
-                pictures_stage(recipe, shop, out=asked.out)
+    try:
+        for stage in asked.stage or STAGES:
+            run_stage(stage, recipe, shop, out=asked.out)
+    except KeyboardInterrupt:
+        raise SystemExit("stopped; the same command goes on from the checkpoint") from None
+
+
+def run_stage(stage: str, recipe: Recipe, shop: Workshop, *, out: Path) -> None:
+    """One stage by its name."""
+    match stage:
+        case "corpus":
+            corpus_stage(recipe, shop)
+        case "autoencoder":
+            autoencoder_stage(recipe, shop)
+        case "latents":
+            latents_stage(recipe, shop)
+        case "flow":
+            flow_stage(recipe, shop)
+        case "distill":
+            distill_stage(recipe, shop)
+        case "export":
+            export_stage(recipe, shop, out=out)
+        case "judge":
+            judge_stage(recipe, shop, out=out)
+        case _:
+            pictures_stage(recipe, shop, out=out)
 
 
 if __name__ == "__main__":

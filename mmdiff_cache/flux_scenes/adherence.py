@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import FluxPipeline
+from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
 from numpy.typing import NDArray
 
+from mmdiff_cache.flux_scenes.autoencoder import reconstruct
 from mmdiff_cache.flux_scenes.corpus import to_tensor
 from mmdiff_cache.flux_scenes.judge import Judge, read
 from mmdiff_cache.flux_scenes.sample import draw
@@ -112,9 +113,6 @@ def _contents(judge: Judge, pictures: NDArray[np.uint8], device: torch.device) -
 def _through(pipeline: FluxPipeline, pictures: NDArray[np.uint8], device: torch.device) -> NDArray[np.uint8]:
     """Pictures encoded and decoded again."""
     model = pipeline.vae.to(device)
-    parts = [
-        model.decode(model.encode(x.to(device)).latent_dist.mode()).sample
-        for x in to_tensor(pictures).split(32)
-    ]
+    parts = [reconstruct(model, part.to(device)) for part in to_tensor(pictures).split(32)]
     levels = ((torch.cat(parts).clamp(-1, 1) + 1) * 127.5).round().byte()
     return levels.permute(0, 2, 3, 1).cpu().numpy()

@@ -4,7 +4,7 @@ On a CPU the backward of scaled_dot_product_attention took 44 % of a training st
 that. The result is the same to bf16 rounding. Sampling and feature extraction use the stock processor.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers.models.embeddings import apply_rotary_emb
@@ -64,8 +64,9 @@ class TrainingAttnProcessor:
             key = torch.cat([attn.norm_added_k(text[1]), key], 1)
             value = torch.cat([text[2], value], 1)
         if image_rotary_emb is not None:
-            query = apply_rotary_emb(query, image_rotary_emb, sequence_dim=1)
-            key = apply_rotary_emb(key, image_rotary_emb, sequence_dim=1)
+            rotate = cast(Any, apply_rotary_emb)
+            query = rotate(query, image_rotary_emb, sequence_dim=1)
+            key = rotate(key, image_rotary_emb, sequence_dim=1)
         heads_first = (part.to(value.dtype).transpose(1, 2) for part in (query, key, value))
         found = RecomputedAttention.apply(*heads_first).transpose(1, 2).flatten(2)
         if encoder_hidden_states is None:

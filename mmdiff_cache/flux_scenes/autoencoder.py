@@ -6,10 +6,11 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
@@ -41,7 +42,7 @@ def train_autoencoder(
 ) -> None:
     """Train `model` in place, from the checkpoint in `work` on; then set its scaling and shift factors."""
     pictures = np.concatenate([read_images(corpus, n) for n in range(min(recipe.shards, corpus.shards))])
-    model.to(device).train()
+    cast(torch.nn.Module, model).to(device).train()
     optimiser = torch.optim.AdamW(
         model.parameters(), lr=recipe.learning_rate, weight_decay=1e-4, betas=(0.9, 0.98)
     )
@@ -85,9 +86,16 @@ def reconstruction_psnr(
 ) -> float:
     """Mean peak signal-to-noise ratio in dB of pictures passed through the autoencoder's mean latent."""
     originals = shrink(to_tensor(pictures), size).to(device)
-    found = torch.cat([model.decode(model.encode(x).latent_dist.mode()).sample for x in originals.split(32)])
+    found = torch.cat([reconstruct(model, part) for part in originals.split(32)])
     errors = ((found.clamp(-1, 1) - originals) / 2).square().mean((1, 2, 3))
     return float((-10 * errors.log10()).mean())
+
+
+@torch.no_grad()
+def reconstruct(model: AutoencoderKL, pictures: Tensor) -> Tensor:
+    """Pictures [B 3 H W] in [-1, 1], encoded to their mean latent and decoded again."""
+    latents = cast(Any, model).encode(pictures).latent_dist.mode()
+    return cast(Any, model).decode(latents).sample
 
 
 def _steps(
@@ -104,9 +112,9 @@ def _steps(
         for group in optimiser.param_groups:
             group["lr"] = recipe.learning_rate * _rate(recipe, progress.step)
         with torch.autocast(device.type, torch.bfloat16):
-            posterior = model.encode(batch).latent_dist
+            posterior = cast(Any, model).encode(batch).latent_dist
             noise = torch.randn(posterior.mean.shape, generator=progress.generator).to(device)
-            found = model.decode(posterior.mean + posterior.std * noise).sample
+            found = cast(Any, model).decode(posterior.mean + posterior.std * noise).sample
         pixel, gradient = _pixel_loss(found.float(), batch)
         kl = 0.5 * (posterior.mean.float() ** 2 + posterior.var.float() - 1 - posterior.logvar.float()).mean()
         loss = pixel + recipe.gradient_weight * gradient + recipe.kl_weight * kl

@@ -4,12 +4,18 @@ import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
-from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
+from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
+from torch import Tensor, nn
+from transformers.models.clip.configuration_clip import CLIPTextConfig
+from transformers.models.clip.modeling_clip import CLIPTextModel
+from transformers.models.t5.configuration_t5 import T5Config
+from transformers.models.t5.modeling_t5 import T5EncoderModel
 
 from mmdiff_cache.flux_scenes.tokens import clip_tokenizer, t5_tokenizer
 from mmdiff_cache.scenes import VOCABULARY
@@ -42,7 +48,7 @@ class Architecture:
 def build_autoencoder(arch: Architecture) -> AutoencoderKL:
     """Convolutional autoencoder without attention, so that a picture of any even size can pass."""
     levels = len(arch.autoencoder_widths)
-    autoencoder = AutoencoderKL(
+    autoencoder = cast(Any, AutoencoderKL)(
         block_out_channels=arch.autoencoder_widths,
         down_block_types=("DownEncoderBlock2D",) * levels,
         up_block_types=("UpDecoderBlock2D",) * levels,
@@ -61,8 +67,7 @@ def build_autoencoder(arch: Architecture) -> AutoencoderKL:
             "conv2"
         ):  # residual branches start at zero: the network is shallow at first and learns faster
             nn.init.zeros_(cast(nn.Conv2d, module).weight)
-    bias = cast(nn.Conv2d, autoencoder.encoder.conv_out).bias
-    assert bias is not None
+    bias = cast(Tensor, autoencoder.encoder.conv_out.bias)
     nn.init.constant_(
         bias[arch.latent_channels :], -5.0
     )  # log-variance: little noise, or nothing is learnt at first
@@ -130,16 +135,19 @@ def build_pipeline(arch: Architecture, *, seed: int = 0) -> FluxPipeline:
     pooled_words = clip_tokenizer(VOCABULARY, arch.text_length)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        parts = {
-            "vae": build_autoencoder(arch),
-            "transformer": build_transformer(arch),
-            "text_encoder_2": build_text_encoder(arch, len(words)),
-            "text_encoder": build_pooled_encoder(arch, len(pooled_words)),
-        }
-    for part in parts.values():
-        part.eval()
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=arch.scheduler_shift)
-    return FluxPipeline(scheduler=scheduler, tokenizer=pooled_words, tokenizer_2=words, **parts)
+        autoencoder = build_autoencoder(arch)
+        transformer = build_transformer(arch)
+        text_encoder = build_text_encoder(arch, len(words))
+        pooled_encoder = build_pooled_encoder(arch, len(pooled_words))
+    return FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=arch.scheduler_shift),
+        vae=autoencoder.eval(),
+        transformer=transformer.eval(),
+        text_encoder=pooled_encoder.eval(),
+        tokenizer=pooled_words,
+        text_encoder_2=text_encoder.eval(),
+        tokenizer_2=words,
+    )
 
 
 def save_pipeline(pipeline: FluxPipeline, folder: Path) -> int:
@@ -191,5 +199,5 @@ def _initialise(name: str, linear: nn.Linear) -> None:
         nn.init.normal_(linear.weight, std=0.02 if "linear_1" in name else 1 / math.sqrt(linear.in_features))
     else:
         nn.init.xavier_uniform_(linear.weight)
-    if linear.bias is not None:
+    if cast(Tensor | None, linear.bias) is not None:
         nn.init.zeros_(linear.bias)

@@ -9,15 +9,15 @@ it stopped.
 import json
 import logging
 import os
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
@@ -89,10 +89,8 @@ def encode_corpus(corpus: Corpus, autoencoder: AutoencoderKL, *, size: int, devi
         if path.exists():
             continue
         pictures = to_tensor(read_images(corpus, number))
-        latents = [
-            encode(autoencoder, shrink(part, size).to(device)).cpu() for part in pictures.split(64)
-        ]  # fmt: skip
-        _write_whole(path, lambda file, found=latents: np.save(file, torch.cat(found).half().numpy()))
+        latents = [encode(autoencoder, shrink(part, size).to(device)).cpu() for part in pictures.split(64)]
+        _save(path, torch.cat(latents).half().numpy())
 
 
 def read_latents(corpus: Corpus, *, size: int) -> Tensor:
@@ -123,19 +121,20 @@ def shrink(pictures: Tensor, size: int) -> Tensor:
 
 def _render_shard(corpus: Corpus, number: int) -> int:
     scenes = [render_scene(corpus.split, number * SHARD + index, corpus.size) for index in range(SHARD)]
-    _write_whole(
-        _images_path(corpus, number), lambda file: np.save(file, np.stack([one.image for one in scenes]))
-    )
+    _save(_images_path(corpus, number), np.stack([one.image for one in scenes]))
     prompts = [{"caption": one.caption, "scene": one.prompt_scene} for one in scenes]
-    _write_whole(_captions_path(corpus, number), lambda file: file.write(json.dumps(prompts).encode()))
+    _save(_captions_path(corpus, number), json.dumps(prompts))
     return number
 
 
-def _write_whole(path: Path, write: Callable[..., object]) -> None:
+def _save(path: Path, content: NDArray[Any] | str) -> None:
     """Write beside the target, then rename: a file with its final name is complete."""
     partial = path.with_name(f"{path.name}.{os.getpid()}.part")
     with partial.open("wb") as file:
-        write(file)
+        if isinstance(content, str):
+            file.write(content.encode())
+        else:
+            np.save(file, content)
     partial.rename(path)
 
 

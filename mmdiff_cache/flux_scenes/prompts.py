@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import torch
-from diffusers import FluxPipeline
+from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
 from torch import Tensor
 
 from mmdiff_cache.flux_scenes.corpus import Prompts

@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from diffusers import FluxPipeline
+from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
@@ -247,7 +247,7 @@ def averaged(model: nn.Module, decay: float) -> AveragedModel:
     @torch.no_grad()
     def update(averages: Any, current: Any, count: Any) -> None:
         n = float(count)
-        torch._foreach_lerp_(averages, current, 1 - min(decay, (1 + n) / (10 + n)))
+        cast(Any, torch)._foreach_lerp_(averages, current, 1 - min(decay, (1 + n) / (10 + n)))
 
     return AveragedModel(model, multi_avg_fn=update)
 

@@ -1,8 +1,10 @@
 """Draws pictures with a pipeline, and lays pictures out as contact sheets."""
 
+from typing import Any
+
 import numpy as np
 import torch
-from diffusers import FluxPipeline
+from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
@@ -25,7 +27,7 @@ def draw(
     found: list[NDArray[np.uint8]] = []
     for start in range(0, len(prompts), batch):
         part = prompts[start : start + batch]
-        result = pipeline(
+        result: Any = pipeline(
             part,
             height=size,
             width=size,

@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, FluxPipeline
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
 from safetensors.torch import load_file
 
 from mmdiff_cache.errors import ConfigError
@@ -125,7 +126,7 @@ def export_stage(recipe: Recipe, shop: Workshop, *, out: Path) -> Path:
 
 
 def judge_stage(recipe: Recipe, shop: Workshop, *, out: Path) -> dict[str, Any]:
-    """Train the judge once, then score the exported pipeline; figures and pictures are written beside the weights."""
+    """Train the judge once, then score the exported pipeline; the figures are written beside the weights."""
     path = shop.work / "judge" / "judge.safetensors"
     if not path.exists():
         truths = cached_truths(shop.work / "judge", "judge", recipe.judge.scenes)

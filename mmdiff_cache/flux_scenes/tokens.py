@@ -6,8 +6,10 @@ Both are the classes that FLUX.1 uses (T5: Unigram, CLIP: byte-level BPE): the p
 import string
 from collections import Counter
 from itertools import pairwise
+from typing import cast
 
-from transformers import CLIPTokenizer, T5TokenizerFast
+from transformers.models.clip.tokenization_clip import CLIPTokenizer
+from transformers.models.t5.tokenization_t5 import T5Tokenizer
 
 WORD_START = "▁"
 WORD_END = "</w>"
@@ -15,14 +17,14 @@ _LETTERS = string.ascii_letters + string.digits + string.punctuation
 _WORD_SCORE, _LETTER_SCORE = -2.0, -20.0  # log-probabilities: a whole word always beats its letters
 
 
-def t5_tokenizer(words: tuple[str, ...], max_length: int) -> T5TokenizerFast:
+def t5_tokenizer(words: tuple[str, ...], max_length: int) -> T5Tokenizer:
     """Unigram tokenizer with one piece a word and one a capitalised word; unknown words fall into letters."""
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), (WORD_START, _LETTER_SCORE)]
     pieces += [
         (WORD_START + word, _WORD_SCORE) for word in dict.fromkeys((*words, *map(str.capitalize, words)))
     ]
     pieces += [(letter, _LETTER_SCORE) for letter in _LETTERS]
-    return T5TokenizerFast(vocab=pieces, extra_ids=0, model_max_length=max_length)
+    return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=max_length)
 
 
 def clip_tokenizer(words: tuple[str, ...], max_length: int) -> CLIPTokenizer:
@@ -32,7 +34,7 @@ def clip_tokenizer(words: tuple[str, ...], max_length: int) -> CLIPTokenizer:
     vocabulary = ["<|startoftext|>", "<|endoftext|>", *alphabet, *(letter + WORD_END for letter in alphabet)]
     vocabulary += dict.fromkeys(left + right for left, right in merges)
     ids = {piece: number for number, piece in enumerate(dict.fromkeys(vocabulary))}
-    return CLIPTokenizer(vocab=ids, merges=merges, model_max_length=max_length)
+    return CLIPTokenizer(vocab=ids, merges=cast(list[str], merges), model_max_length=max_length)
 
 
 def byte_pairs(words: tuple[str, ...]) -> list[tuple[str, str]]:

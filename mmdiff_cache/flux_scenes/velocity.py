@@ -4,9 +4,11 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from diffusers import FluxPipeline, FluxTransformer2DModel
+from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
+from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
 from torch import Tensor, nn
-from transformers import CLIPTextModel, T5EncoderModel
+from transformers.models.clip.modeling_clip import CLIPTextModel
+from transformers.models.t5.modeling_t5 import T5EncoderModel
 
 from mmdiff_cache.flux_scenes.prompts import Tokens
 
@@ -66,14 +68,14 @@ def of_pipeline(pipeline: FluxPipeline) -> Velocity:
 def position_ids(tokens: int) -> Tensor:
     """(0, row, column) of each token of a square picture, in units of the full grid, [N 3]."""
     side = round(tokens**0.5)
-    ids = FluxPipeline._prepare_latent_image_ids(1, side, side, torch.device("cpu"), torch.float32)
+    ids = cast(Any, FluxPipeline)._prepare_latent_image_ids(1, side, side, torch.device("cpu"), torch.float32)
     step = FULL_GRID / side
     return torch.cat([ids[:, :1], (ids[:, 1:] + 0.5) * step - 0.5], 1)
 
 
 def pack(latents: Tensor) -> Tensor:
     """Latents [B C h w] to tokens of 2 x 2 latents, [B N 4C]."""
-    return cast(Tensor, FluxPipeline._pack_latents(latents, *latents.shape))
+    return cast(Any, FluxPipeline)._pack_latents(latents, *latents.shape)
 
 
 def squared_errors(

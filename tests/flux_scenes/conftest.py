@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import FluxPipeline
+from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
 
 from mmdiff_cache.flux_scenes import corpus as corpus_module
 from mmdiff_cache.flux_scenes.build import Architecture, build_pipeline

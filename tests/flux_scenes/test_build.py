@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import FluxPipeline
+from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
 
 from mmdiff_cache.flux_scenes.build import Architecture, build_pipeline, load_pipeline, save_pipeline
 from mmdiff_cache.flux_scenes.sample import draw
