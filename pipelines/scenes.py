@@ -1,7 +1,7 @@
 """The main job on rendered scenes: extract with the bundled flux-scenes, then train one head a task.
 
-    mmdiff-cache extract --config pipelines/scenes.py        # stage one: 2,750 scenes, once
-    mmdiff-cache train --config pipelines/scenes.py          # stage two: depth; for the other tasks add
+    mmdiff-cache extract --config pipelines/scenes.py      # stage one: 2,750 scenes, once
+    mmdiff-cache train --config pipelines/scenes.py        # stage two: depth; for another task
     mmdiff-cache train --config pipelines/scenes.py --task segmentation
 
 Beside the paper: layers {4, 15, 26, 37} of FLUX.1-dev's 38 single blocks become those at the same relative
@@ -23,7 +23,7 @@ CONCEPTS = {
 
 
 def extract() -> ExtractConfig:
-    """Stage one. About an hour on two cores; `--limit 256` is enough for a first look."""
+    """Stage one. Half an hour on one free core; `--limit 256` is enough for a first look."""
     return ExtractConfig(
         dataset="scenes",
         splits=("train", "val", "test"),
@@ -37,5 +37,5 @@ def extract() -> ExtractConfig:
 
 
 def train() -> TrainConfig:
-    """Stage two. Without `stores` it takes the only store under data/ that has the task's labels."""
-    return TrainConfig(task="depth", layers=LAYERS, timesteps=TIMESTEPS, decoder="dpt", seed=0)
+    """Stage two. The task chooses decoder, loss and concepts; the only store with its labels is taken."""
+    return TrainConfig(task="depth", layers=LAYERS, timesteps=TIMESTEPS, seed=0)

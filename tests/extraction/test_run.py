@@ -153,6 +153,14 @@ def test_a_picture_that_is_cut_off_fails_alone_and_by_name(config: ExtractConfig
     )
 
 
+def test_a_batch_without_one_usable_picture_is_passed_over(config: ExtractConfig, pictures: Path) -> None:
+    cut(pictures / "2.png")
+    cut(pictures / "3.png")
+    store = extract(replace(config, dataset="images", data_root=str(pictures), splits=None, limit=None))
+    assert store["all"].finished == (0, 1, 4)
+    assert list(store["all"].failed) == [2, 3]
+
+
 def test_pictures_of_another_folder_are_not_mixed_in(config: ExtractConfig, pictures: Path) -> None:
     folder = replace(config, dataset="images", data_root=str(pictures), splits=None, limit=None)
     extract(folder)
