@@ -14,6 +14,7 @@ from mmdiff_cache.errors import StoreError
 from mmdiff_cache.records import STATISTICS, FeatureBatch, PreparedSample
 
 from .arrays import ArraySpec
+from .records import is_text
 from .schema import LabelArray, StoreSchema
 
 
@@ -52,6 +53,8 @@ def sample_fault(schema: StoreSchema, sample: PreparedSample, row: Mapping[str, 
     reason = _non_finite(schema, row)
     if reason is not None:
         return reason
+    if not is_text(sample.prompt):
+        return f"prompt is not UTF-8 text: {sample.prompt!a}"
     if sample.image.dtype != np.uint8 or sample.image.shape != (*schema.image_size, 3):
         expected = [*schema.image_size, 3]
         return f"image must be uint8 {expected}, got {sample.image.dtype} {list(sample.image.shape)}"

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from mmdiff_cache.errors import ConfigError, DamageError, StoreError
 
-from .records import Partition, canonical, partitions, seal, unseal
+from .records import Partition, canonical, is_text, partitions, seal, unseal
 from .schema import FORMAT_VERSION, StoreSchema, Vocabulary, check_name
 
 MANIFEST = "manifest.json"
@@ -54,6 +54,11 @@ class Manifest:
             check_name(split, "split")
             if not ids:
                 raise ConfigError(f"split {split!r} of a store has no samples")
+            for sample_id in ids:
+                if not sample_id or "\0" in sample_id or not is_text(sample_id):
+                    raise ConfigError(
+                        f"a sample id must be non-empty UTF-8 text without NUL, got {sample_id!r}"
+                    )
             if len(set(ids)) != len(ids):
                 twice = next(i for n, i in enumerate(ids) if i in ids[:n])
                 raise ConfigError(f"sample ids must be unique in a split; {split!r} has {twice!r} twice")

@@ -70,7 +70,8 @@ class PartitionWriter:
     def fail(self, offset: int, sample_id: str, reason: str) -> None:
         """Give up one sample: it keeps its slot, and every reader will name it with the reason."""
         self._check_slots(offset, [sample_id])
-        self._entries[offset] = SampleEntry(sample_id=sample_id, state="failed", reason=reason)
+        text = reason.encode(errors="backslashreplace").decode()
+        self._entries[offset] = SampleEntry(sample_id=sample_id, state="failed", reason=text)
 
     def commit(self) -> Record:
         """Move all files into the store, then write the record. Raises StoreError while slots are open."""

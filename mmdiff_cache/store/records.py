@@ -82,6 +82,15 @@ class Record:
     files: tuple[FileEntry, ...]
 
 
+def is_text(text: str) -> bool:
+    """Whether a string can be written as UTF-8; a file name with stray bytes cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def canonical(values: Any) -> bytes:
     """JSON in the one form that is hashed: sorted keys, no spaces, UTF-8."""
     return json.dumps(

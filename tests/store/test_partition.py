@@ -50,7 +50,7 @@ def states(writer: StoreWriter) -> list[str]:
 
 def test_a_failed_sample_keeps_its_slot_and_says_why(writer: StoreWriter, partition: PartitionWriter) -> None:
     partition.write(0, *batch(0))
-    partition.fail(1, IDS[1], "cannot decode: truncated")
+    partition.fail(1, IDS[1], "cannot decode: truncated \udcff")
     partition.write(2, *batch(2))
     partition.commit()
     store = open_store(writer.path)
@@ -58,7 +58,7 @@ def test_a_failed_sample_keeps_its_slot_and_says_why(writer: StoreWriter, partit
     assert states(writer) == ["done", "failed", "done"]
     assert (store.samples_done, store.samples_failed, store.samples_planned) == (2, 1, 4)
     assert reader.finished == (0, 2)
-    assert reader.failed == {1: "cannot decode: truncated"}
+    assert reader.failed == {1: r"cannot decode: truncated \udcff"}
     np.testing.assert_array_equal(reader.hidden_states([2, 0]), batch(2, 0)[1].hidden_states[:, 0])
     for read in (reader.hidden_states, reader.images, reader.latents, reader.prompts, reader.audit):
         with pytest.raises(StoreIncomplete, match=r"'train/001' .* failed: cannot decode: truncated"):
@@ -102,6 +102,7 @@ def test_a_value_that_is_not_finite_fails_its_sample_alone(
     [
         (lambda s: {"image": s.image[:4]}, "image must be uint8"),
         (lambda s: {"labels": {}}, "label classes is missing"),
+        (lambda s: {"prompt": "a \udcff"}, "prompt is not UTF-8 text"),
         (lambda s: {"labels": {**s.labels, "depth": s.labels["classes"]}}, "label depth must be float32"),
         (lambda s: {"labels": {**s.labels, "classes": s.labels["classes"][:3]}}, "network size"),
         (

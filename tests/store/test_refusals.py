@@ -266,6 +266,9 @@ def test_a_full_disk_is_said_so_and_nothing_is_recorded(
         ({"splits": {"train": ()}}, "no samples"),
         ({"splits": {"../x": ("a",)}}, r"\.\./x"),
         ({"splits": {"train": ("a", "b", "a")}}, "'a' twice"),
+        ({"splits": {"train": ("",)}}, "non-empty UTF-8"),
+        ({"splits": {"train": ("a\udcff",)}}, "non-empty UTF-8"),
+        ({"splits": {"train": ("a\0b",)}}, "without NUL"),
     ],
 )
 def test_impossible_manifests_are_refused(changes: dict[str, object], words: str) -> None:
