@@ -209,6 +209,13 @@ class AggregatorConfig(Config):
     weights_on: Literal["transformed", "projected"] | None = None
     """What the per-pixel weights multiply: the transformer's outputs or the projected features."""
 
+    def __post_init__(self) -> None:
+        for name in ("width", "heads", "mlp_ratio"):
+            value = getattr(self, name)
+            _require(value is None or value > 0, f"aggregator.{name} must be positive, got {value}")
+        _require(self.depth >= 0, f"aggregator.depth must not be negative, got {self.depth}")
+        _require(0.0 <= self.dropout < 1.0, f"aggregator.dropout must lie in [0, 1), got {self.dropout:g}")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EmaConfig(Config):
@@ -217,6 +224,9 @@ class EmaConfig(Config):
     beta: float = 0.999
     warmup: bool = True
     """beta_n = min(beta, (1 + n) / (10 + n)); False keeps beta constant."""
+
+    def __post_init__(self) -> None:
+        _require(0.0 <= self.beta < 1.0, f"ema.beta must lie in [0, 1), got {self.beta:g}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

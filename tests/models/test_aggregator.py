@@ -330,3 +330,12 @@ def test_only_training_drops() -> None:
     assert torch.equal(model(features), model(features))
     model.train()
     assert not torch.equal(model(features), model(features))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"dropout": 1.0}, {"dropout": -0.1}, {"heads": 0}, {"depth": -1}, {"width": 0}, {"mlp_ratio": 0.0}],
+)
+def test_values_out_of_range_are_refused_by_name(change: dict[str, float]) -> None:
+    with pytest.raises(ConfigError, match=rf"aggregator\.{next(iter(change))} must"):
+        AggregatorConfig(**change)
