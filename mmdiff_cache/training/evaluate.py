@@ -18,7 +18,7 @@ from mmdiff_cache.training.build import open_dataset, split_samples
 from mmdiff_cache.training.checkpoint import EMA, LAST, RAW
 from mmdiff_cache.training.report import Evaluation
 from mmdiff_cache.training.resolve import TRAIN_SPLIT, training_samples
-from mmdiff_cache.training.run import Run, load_run, model_for_run, store_of, train
+from mmdiff_cache.training.run import Run, device_of, load_run, model_for_run, store_of, train
 from mmdiff_cache.training.scoring import Scores, model_predictor, score
 
 logger = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ def evaluate(
         train_baselines(run, opened, progress)
     dataset = open_dataset(run.config, opened, split)
     models = {
-        name: model_for_run(run, name).to(run.config.device) for name in dict.fromkeys((weights, EMA, RAW))
+        name: model_for_run(run, name).to(device_of(run)) for name in dict.fromkeys((weights, EMA, RAW))
     }
     fitting = Fitting(
         task=task,
@@ -116,7 +116,7 @@ def _trained_scores(run: Run, store: Store, split: str, task: Task) -> dict[str,
         if not (folder / LAST).exists() or not load_run(folder).finished:
             continue
         other = load_run(folder)
-        model = model_for_run(other).to(other.config.device)
+        model = model_for_run(other).to(device_of(other))
         found: dict[str, Scores] = score(
             {name: model_predictor(model, task, other.config.precision)},
             open_dataset(other.config, store, split),

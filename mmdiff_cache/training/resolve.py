@@ -9,13 +9,13 @@ from typing import TypeVar
 import torch
 
 from mmdiff_cache.config import AggregatorConfig, TrainConfig, data_folder
-from mmdiff_cache.errors import ConfigError, MMDiffError
+from mmdiff_cache.errors import ConfigError
 from mmdiff_cache.loader import NO_CONCEPTS, usable_samples
 from mmdiff_cache.models.aggregator import resolve_aggregator
 from mmdiff_cache.models.mmdiff import default_decoder_width
 from mmdiff_cache.records import LabelSpec
-from mmdiff_cache.store.manifest import MANIFEST
 from mmdiff_cache.store.reader import SplitReader, Store, open_store
+from mmdiff_cache.store.summary import find_stores
 from mmdiff_cache.tasks import Task, find_task
 
 T = TypeVar("T")
@@ -92,7 +92,8 @@ def find_store(config: TrainConfig, task: Task) -> Path:
         )
     if config.stores:
         return Path(config.stores[0]).expanduser()
-    fitting = [path for path in stores_under(data_folder()) if _has_labels(path, task.label)]
+    sound = [Path(entry.path) for entry in find_stores(data_folder()) if entry.fault is None]
+    fitting = [path for path in sound if _has_labels(open_store(path), task.label)]
     if len(fitting) == 1:
         return fitting[0]
     if not fitting:
@@ -104,16 +105,7 @@ def find_store(config: TrainConfig, task: Task) -> Path:
     raise ConfigError(f"{len(fitting)} stores have training labels {task.label!r}; choose one:{lines}")
 
 
-def stores_under(folder: Path) -> list[Path]:
-    """Every store `<data set>/<backbone>` below a folder, by name."""
-    return sorted(path.parent for path in folder.glob(f"*/*/{MANIFEST}"))
-
-
-def _has_labels(path: Path, label: str) -> bool:
-    try:
-        store = open_store(path)
-    except MMDiffError:
-        return False  # a damaged or foreign folder is no candidate; inspect shows what is wrong with it
+def _has_labels(store: Store, label: str) -> bool:
     return TRAIN_SPLIT in store.splits and label in store[TRAIN_SPLIT].label_specs
 
 

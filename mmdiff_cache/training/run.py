@@ -32,7 +32,7 @@ from mmdiff_cache.training.folder import (
     open_folder,
     read_metrics,
 )
-from mmdiff_cache.training.resolve import resolve
+from mmdiff_cache.training.resolve import pick_device, resolve
 from mmdiff_cache.training.trainer import Trainer
 
 FREE_TO_DIFFER = ("run", "stores", "device", "memory")
@@ -111,6 +111,14 @@ def model_for_run(run: "Run | str | Path", weights: str = EMA) -> Model:
         model = build_model(spec_from_json(checkpoint.read_header(path).spec))
     checkpoint.load_weights(model, path, group)
     return model.requires_grad_(False).eval()
+
+
+def device_of(run: Run) -> str:
+    """The device that a run was trained on, or the CPU on a machine that has no such device."""
+    try:
+        return pick_device(run.config.device)
+    except ConfigError:
+        return "cpu"
 
 
 def store_of(run: Run, path: str | Path | None = None) -> Store:

@@ -91,6 +91,12 @@ def test_scores_do_not_depend_on_the_batch(trained: Callable[[str], Run]) -> Non
     assert evaluate(alone).scores["miou"] == pytest.approx(evaluate(run).scores["miou"], abs=1e-3)
 
 
+def test_a_run_from_a_machine_with_a_gpu_is_scored_on_the_cpu(trained: Callable[[str], Run]) -> None:
+    run = trained("segmentation")
+    elsewhere = dataclasses.replace(run, config=dataclasses.replace(run.config, device="cuda:97"))
+    assert evaluate(elsewhere).scores == evaluate(run).scores
+
+
 def test_oracle_prompts_are_called_an_upper_bound(tmp_path: Path) -> None:
     store = write_store(tmp_path / "store", train=4, test=1, prompts="oracle")
     run = train(small_config(store, tmp_path / "run", steps=1))

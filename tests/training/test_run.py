@@ -3,7 +3,7 @@ fit.
 """
 
 import json
-import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -329,9 +329,10 @@ def test_the_store_is_found_if_it_is_the_only_one(
         ConfigError, match=r"no store under .* has training labels 'depth'; make one: mmdiff-cache extract"
     ):
         resolve(config)
+    (tmp_path / "blocks" / "broken").mkdir(parents=True)
+    (tmp_path / "blocks" / "broken" / "manifest.json").write_text("{}")
     for name in ("one", "two"):
-        (tmp_path / "blocks").mkdir(exist_ok=True)
-        os.symlink(learnable_store, tmp_path / "blocks" / name)
+        shutil.copytree(learnable_store, tmp_path / "blocks" / name)
         if name == "one":
             assert resolve(config).stores == (str(tmp_path / "blocks" / "one"),)
     with pytest.raises(ConfigError) as caught:
