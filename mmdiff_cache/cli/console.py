@@ -4,7 +4,7 @@ import json
 import math
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any
 
@@ -67,7 +67,7 @@ def _finite(value: Any) -> Any:
 
 
 @contextmanager
-def progress_bar(verb: str) -> Iterator[Advance]:
+def progress_bar(verb: str) -> Generator[Advance]:
     """A bar with counts, elapsed time and ETA on standard error; it shows nothing where that is not a
     terminal.
     """

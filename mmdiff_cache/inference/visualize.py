@@ -39,7 +39,7 @@ _CLASS_COLOURS: Final = (
     (92, 200, 214),
     (226, 122, 174),
 )
-_VOID_LIGHT, _VOID_DARK = (236, 236, 236), (196, 196, 196)
+_VOID_LIGHT, _VOID_DARK = np.uint8(236), np.uint8(196)
 _GOLDEN_ANGLE: Final = 0.381966
 
 
@@ -142,5 +142,5 @@ def legend_entries(names: Sequence[str]) -> list[tuple[str, tuple[int, int, int]
 def _hatch(picture: RGB, where: NDArray[np.bool_]) -> RGB:
     rows, columns = np.indices(where.shape)
     stripes = ((rows + columns) // 2 % 2)[..., None]
-    hatched = np.where(stripes == 0, np.uint8(_VOID_LIGHT), np.uint8(_VOID_DARK))
+    hatched = np.where(stripes == 0, _VOID_LIGHT, _VOID_DARK)
     return np.where(where[..., None], hatched, picture).astype(np.uint8)
