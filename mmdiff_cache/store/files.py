@@ -15,7 +15,7 @@ from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from mmdiff_cache.errors import MMDiffError, StorageError
+from mmdiff_cache.errors import MMDiffError, StorageError, StorageRefused
 
 logger = logging.getLogger(__name__)
 
@@ -32,13 +32,17 @@ _REASONS = {
 _REMEDIES = {
     errno.ENOSPC: "free some space and run the same command again; finished partitions are kept",
     errno.EDQUOT: "free some space and run the same command again; finished partitions are kept",
+    errno.EFBIG: "the system limits the size of files (ulimit -f); finished partitions are kept",
     errno.EIO: "check the disk; finished partitions are kept, and the same command goes on from them",
 }
 
 
 @contextmanager
 def storage_errors(path: Path) -> Generator[None]:
-    """Turn the operating system's refusal into a StorageError that names the file and the remedy."""
+    """Turn the operating system's refusal into a StorageError that names the file and the remedy.
+
+    What another folder would mend, a missing permission say, is a StorageRefused.
+    """
     try:
         yield
     except MMDiffError:
@@ -47,7 +51,8 @@ def storage_errors(path: Path) -> Generator[None]:
         code = error.errno or 0
         reason = _REASONS.get(code) or error.strerror or str(error)
         remedy = _REMEDIES.get(code, "choose a folder that can be written, with --store")
-        raise StorageError(f"cannot write {error.filename or path}: {reason}; {remedy}") from error
+        kind = StorageError if code in _REMEDIES else StorageRefused
+        raise kind(f"cannot write {error.filename or path}: {reason}; {remedy}") from error
 
 
 def fsync_file(path: Path) -> None:
