@@ -7,7 +7,8 @@
     |-- StoreError(RuntimeError)       2  a store that is missing, foreign, newer or of another identity
     |   |-- DamageError                1  bytes that do not match their record
     |   `-- StoreIncomplete            2  samples that were never finished
-    |-- StorageError(OSError)          4  disk full, no permission, input/output error
+    |-- StorageError(OSError)          4  the file system failed under way: disk full, input/output error
+    |   `-- StorageRefused             2  the chosen place cannot be used: too little room, no permission
     |-- CheckpointError(RuntimeError)  2  a checkpoint that does not fit the store, the task or the code
     `-- TrainingError(RuntimeError)    1  a training whose loss is no longer a number
 
@@ -50,9 +51,15 @@ class StoreIncomplete(StoreError):
 
 
 class StorageError(MMDiffError, OSError):
-    """The file system refuses: disk full, no permission, input/output error."""
+    """The file system failed under way: disk full, input/output error."""
 
     exit_code = 4
+
+
+class StorageRefused(StorageError):
+    """The place that was chosen cannot be used: too little room, no permission, a file where a folder must be."""
+
+    exit_code = 2
 
 
 class CheckpointError(MMDiffError, RuntimeError):

@@ -13,7 +13,7 @@ from mmdiff_cache.config import ExtractConfig, data_folder, filled
 from mmdiff_cache.datasets.base import Dataset
 from mmdiff_cache.datasets.prompts import ORACLE, PromptRule, open_prompts
 from mmdiff_cache.datasets.registry import DatasetEntry, find_dataset
-from mmdiff_cache.errors import ConfigError, StorageError
+from mmdiff_cache.errors import ConfigError, StorageRefused
 from mmdiff_cache.extraction.cost import Cost, estimate
 from mmdiff_cache.store.manifest import MANIFEST, read_manifest
 from mmdiff_cache.store.records import record_path
@@ -135,10 +135,10 @@ def plan(config: ExtractConfig) -> ExtractionPlan:
 
 
 def check_disk(plan: ExtractionPlan) -> None:
-    """Raise StorageError when what is left to write does not fit on the disk."""
+    """Raise StorageRefused when what is left to write does not fit on the disk."""
     needed = math.ceil(plan.stored_bytes * (plan.total - plan.done) / plan.total)
     if needed > plan.free_bytes:
-        raise StorageError(
+        raise StorageRefused(
             f"the store needs about {show_bytes(needed)} more, but the disk of {plan.store} has "
             f"{show_bytes(plan.free_bytes)} free; "
             "choose fewer --layers, --timesteps or samples (--limit), or another disk with --store"
@@ -148,12 +148,12 @@ def check_disk(plan: ExtractionPlan) -> None:
 def existing_parent(path: Path) -> Path:
     """The nearest folder above a path, or the path itself, that exists.
 
-    Raises StorageError when it is a file.
+    Raises StorageRefused when it is a file.
     """
     while not path.exists():
         path = path.parent
     if not path.is_dir():
-        raise StorageError(f"{path} is a file, a store must lie in a folder; choose another --store")
+        raise StorageRefused(f"{path} is a file, a store must lie in a folder; choose another --store")
     return path
 
 

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from mmdiff_cache.errors import ConfigError, StorageError
+from mmdiff_cache.errors import ConfigError, StorageRefused
 
 RUNS = Path("runs")
 CONFIG, ENVIRONMENT, METRICS, LOG = "config.json", "environment.json", "metrics.jsonl", "train.log"
@@ -61,8 +61,8 @@ def open_folder(folder: Path) -> bool:
     return bool(entries)
 
 
-def _refused(folder: Path, error: OSError) -> StorageError:
-    return StorageError(
+def _refused(folder: Path, error: OSError) -> StorageRefused:
+    return StorageRefused(
         f"cannot make the run folder {folder}: {error.strerror or error}; choose another with --run"
     )
 

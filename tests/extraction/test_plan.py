@@ -190,7 +190,7 @@ def test_a_disk_that_is_too_small_is_named_with_what_is_missing(
     assert planned.free_bytes == 1_000
     with pytest.raises(StorageError, match=r"1\.0 kB free; choose fewer --layers") as caught:
         check_disk(planned)
-    assert caught.value.exit_code == 4
+    assert caught.value.exit_code == 2
     check_disk(replace(planned, done=planned.total))
 
 
