@@ -57,7 +57,7 @@ class StorageError(MMDiffError, OSError):
 
 
 class StorageRefused(StorageError):
-    """The place that was chosen cannot be used: too little room, no permission, a file where a folder must be."""
+    """The chosen place cannot be used: too little room, no permission, a file where a folder must be."""
 
     exit_code = 2
 

@@ -10,7 +10,14 @@ from mmdiff_cache.cli import app as application
 from mmdiff_cache.cli.app import run
 from mmdiff_cache.cli.configuration import compose, parse_vocabularies
 from mmdiff_cache.config import ExtractConfig, TrainConfig
-from mmdiff_cache.errors import ConfigError, DamageError, MMDiffError, StorageError, StoreError
+from mmdiff_cache.errors import (
+    ConfigError,
+    DamageError,
+    MMDiffError,
+    StorageError,
+    StorageRefused,
+    StoreError,
+)
 
 RECIPE = """
 from mmdiff_cache.config import ExtractConfig, TrainConfig
@@ -95,7 +102,7 @@ def test_vocabularies_from_options() -> None:
         (["extract", "--datset", "scenes"], "No such option"),
         (["extrct"], "No such command"),
         (["evaluate"], "Missing argument"),
-        (["extract", "--limit", "many"], "not a valid"),
+        (["extract", "--limit", "many"], "'--limit'"),
         (["extract", "--timesteps", "0.3,x"], "--timesteps needs numbers"),
         (["extract", "--timesteps", "1.2"], "timesteps lie in [0, 1]"),
         (["extract", "--concepts", "near,far"], "--concepts needs NAME=WORD"),
@@ -139,6 +146,7 @@ def raising(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
         (StoreError("b"), 2),
         (DamageError("c"), 1),
         (StorageError("d"), 4),
+        (StorageRefused("r"), 2),
         (OSError(errno.ENOSPC, "No space left on device", "/x"), 4),
         (MMDiffError("[red]e"), 2),
     ],
