@@ -51,7 +51,7 @@ def save(path: Path, header: Header, groups: Groups) -> None:
     Raises StorageError when the file system refuses.
     """
     tensors = {
-        f"{group}/{name}": tensor.detach().to("cpu").contiguous().clone()
+        f"{group}/{name}": tensor.detach().to("cpu").contiguous()
         for group, members in groups.items()
         for name, tensor in members.items()
     }

@@ -19,7 +19,7 @@ from mmdiff_cache.training.checkpoint import EMA, LAST, RAW
 from mmdiff_cache.training.report import Evaluation
 from mmdiff_cache.training.resolve import TRAIN_SPLIT, training_samples
 from mmdiff_cache.training.run import Run, device_of, load_run, model_for_run, store_of, train
-from mmdiff_cache.training.scoring import Scores, model_predictor, score
+from mmdiff_cache.training.scoring import Predictor, Scores, model_predictor, score
 
 logger = logging.getLogger(__name__)
 
@@ -52,9 +52,7 @@ def evaluate(
     if with_trained_baselines:
         train_baselines(run, opened, progress)
     dataset = open_dataset(run.config, opened, split)
-    models = {
-        name: model_for_run(run, name).to(device_of(run)) for name in dict.fromkeys((weights, EMA, RAW))
-    }
+    predictors = _predictors(run, task, weights)
     fitting = Fitting(
         task=task,
         label=dataset.reader.label_specs[task.label],
@@ -64,10 +62,7 @@ def evaluate(
     )
     simple = baselines_for(fitting)
     found = score(
-        {
-            **{name: model_predictor(model, task, run.config.precision) for name, model in models.items()},
-            **simple,
-        },
+        {**predictors, **simple},
         dataset,
         task,
         data_set=fitting.data_set,
@@ -75,7 +70,8 @@ def evaluate(
         batch_size=filled(run.config.batch_size),
         progress=progress,
     )
-    trained = _trained_scores(run, opened, split, task)
+    baselines = {name: found[name].overall for name in simple}
+    others = {name: found[name].overall for name in predictors if name != weights}
     result = Evaluation(
         run=str(run.path),
         task=task.name,
@@ -90,13 +86,21 @@ def evaluate(
         headline=headline(task, fitting.data_set),
         higher_is_better=task.higher_is_better,
         scores=found[weights].overall,
-        other_weights={name: found[name].overall for name in models if name != weights},
-        baselines={**{name: found[name].overall for name in simple}, **trained},
+        other_weights=others,
+        baselines={**baselines, **_trained_scores(run, opened, split, task)},
         per_sample=found[weights].samples,
         protocol=_protocol(dataset, task, split),
     )
     _keep(run, result)
     return result
+
+
+def _predictors(run: Run, task: Task, weights: str) -> dict[str, Predictor]:
+    """The run with the weights asked for, and with the averaged and the raw ones."""
+    return {
+        name: model_predictor(model_for_run(run, name).to(device_of(run)), task, run.config.precision)
+        for name in dict.fromkeys((weights, EMA, RAW))
+    }
 
 
 def train_baselines(run: Run, store: Store, progress: Progress | None = None) -> dict[str, Run]:

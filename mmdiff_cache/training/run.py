@@ -4,6 +4,7 @@ The same configuration and seed give the same weights, bit for bit, on the same 
 threads, whether or not the training was interrupted and continued.
 """
 
+import shlex
 from collections.abc import Generator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, fields, replace
@@ -149,7 +150,7 @@ def train(config: TrainConfig, progress: Progress | None = None) -> Run:
     `progress` is called with steps done, all steps, and the loss and speed. Ends with checkpoints and
     held-out scores in the run folder. Raises ConfigError for a choice that cannot be, CheckpointError for a
     run that does not fit the configuration or the store, StoreError for a store that cannot be read,
-    TrainingError for a loss that is no number.
+    TrainingError for a loss that is no number. An interruption carries, as its note, the line that goes on.
     """
     config = resolve(config)
     setup = set_up(config)
@@ -163,7 +164,11 @@ def train(config: TrainConfig, progress: Progress | None = None) -> Run:
         else:
             checkpoint.write_json(folder / CONFIG, setup.config.to_json())
             checkpoint.write_json(folder / ENVIRONMENT, environment(config.device))
-        trainer.run(progress or _silent)
+        try:
+            trainer.run(progress or _silent)
+        except KeyboardInterrupt as stop:
+            stop.add_note(f"mmdiff-cache train --config {shlex.quote(str(folder / CONFIG))}")
+            raise
     return load_run(folder)
 
 
