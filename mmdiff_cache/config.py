@@ -226,7 +226,7 @@ class EmaConfig(Config):
     """beta_n = min(beta, (1 + n) / (10 + n)); False keeps beta constant."""
 
     def __post_init__(self) -> None:
-        _require(0.0 <= self.beta < 1.0, f"ema.beta must lie in [0, 1), got {self.beta:g}")
+        _require(0.0 <= self.beta <= 1.0, f"ema.beta must lie in [0, 1], got {self.beta:g}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -137,6 +137,7 @@ class MMDiff(nn.Module):
         size: tuple[int, int] | None = None,
     ) -> Float[Tensor, "B out H W"]:
         """Logits, or depth in metres, in float32 at `size` = (H, W); by default grid times patch."""
+        self._check_features(tuple(hidden_states.shape[1:]))
         features = [
             aggregate(x) for aggregate, x in zip(self.aggregators, hidden_states.unbind(dim=2), strict=True)
         ]
@@ -159,6 +160,16 @@ class MMDiff(nn.Module):
             "decoder": _count(self.decoder) - head,
             "head": head,
         }
+
+    def _check_features(self, found: tuple[int, ...]) -> None:
+        """Refuse features of another store by their shape; inside they might pass for good ones."""
+        spec = self.spec
+        expected = (spec.timesteps, spec.layers, *spec.grid, spec.channels)
+        if found != expected:
+            raise ConfigError(
+                f"the model was built for features [T L h w C] of {list(expected)}, got {list(found)}; "
+                "read the timesteps and layers that it was trained on"
+            )
 
     def _guidance(
         self, concepts: Float[Tensor, "B K h w"] | None, discriminative: Sequence[Float[Tensor, "B _ _ _"]]

@@ -127,6 +127,18 @@ def test_missing_or_foreign_guidance_is_refused() -> None:
             model(hidden_states, *wrong)
 
 
+def test_features_of_another_shape_are_refused() -> None:
+    model, (hidden_states, concepts, others) = MMDiff.from_spec(TINY), inputs()
+    for wrong in (
+        hidden_states[:, :2],
+        hidden_states[:, :, :1],
+        hidden_states.transpose(3, 4),
+        hidden_states[..., :8],
+    ):
+        with pytest.raises(ConfigError, match=r"built for features \[T L h w C\] of \[3, 2, 4, 6, 12\]"):
+            model(wrong, concepts, others)
+
+
 def test_presets_give_different_models() -> None:
     one = MMDiff.from_spec(TINY)
     two = MMDiff.from_spec(
