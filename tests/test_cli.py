@@ -174,6 +174,25 @@ def test_our_own_mistakes_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) 
         run(["inspect"])
 
 
+def test_interrupted_work_that_knows_better_names_its_own_line(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, learnable_store: Path, tmp_path: Path
+) -> None:
+    from mmdiff_cache.training.trainer import Trainer
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Trainer, "run", stop)
+    line = ["train", "--task", "depth", "--store", str(learnable_store), "--steps", "2"]
+    assert run(line) == 130
+    [folder] = (tmp_path / "runs").iterdir()
+    assert f"mmdiff-cache train --config {folder / 'config.json'}" in capfd.readouterr().err
+    monkeypatch.undo()
+    assert run(["train", "--config", str(folder / "config.json")]) == 0
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == [folder.name], "it goes on in its folder"
+
+
 def test_an_interrupted_command_names_the_line_that_goes_on(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -77,11 +77,8 @@ def run(arguments: Sequence[str]) -> int:
         return error.exit_code
     except typer.TyperException as error:
         return _wrong_usage(error)
-    except (KeyboardInterrupt, typer.Abort):
-        line = shlex.join(["mmdiff-cache", *arguments])
-        err.print("\ninterrupted; what was finished is kept. The same command continues:", markup=False)
-        err.print(line, markup=False, soft_wrap=True)
-        return INTERRUPTED
+    except (KeyboardInterrupt, typer.Abort) as stop:
+        return _interrupted(stop, shlex.join(["mmdiff-cache", *arguments]))
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -93,6 +90,15 @@ def run(arguments: Sequence[str]) -> int:
         )
         return StorageError.exit_code
     return code if isinstance(code, int) else 0
+
+
+def _interrupted(stop: BaseException, same: str) -> int:
+    """Say how to go on: with the line that the work itself left as a note, else with the same command."""
+    notes = getattr(stop, "__notes__", None) or getattr(stop.__cause__, "__notes__", None)
+    say = "Go on with:" if notes else "The same command continues:"
+    err.print(f"\ninterrupted; what was finished is kept. {say}", markup=False)
+    err.print(notes[0] if notes else same, markup=False, soft_wrap=True)
+    return INTERRUPTED
 
 
 def _wrong_usage(error: typer.TyperException) -> int:
