@@ -148,6 +148,7 @@ def raising(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
         (StorageError("d"), 4),
         (StorageRefused("r"), 2),
         (OSError(errno.ENOSPC, "No space left on device", "/x"), 4),
+        (PermissionError(errno.EACCES, "Permission denied", "/x"), 2),
         (MMDiffError("[red]e"), 2),
     ],
 )

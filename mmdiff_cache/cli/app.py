@@ -12,10 +12,11 @@ import typer
 from mmdiff_cache import __version__
 from mmdiff_cache.cli import everyday
 from mmdiff_cache.cli.console import err, fail, out
-from mmdiff_cache.errors import MMDiffError, StorageError
+from mmdiff_cache.errors import MMDiffError, StorageError, StorageRefused
 
 INTERRUPTED = 130
-_STORAGE_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+_REFUSED = (errno.EROFS, errno.EACCES, errno.EPERM)
+_FAILED = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 
 app = typer.Typer(
     name="mmdiff-cache",
@@ -83,12 +84,12 @@ def run(arguments: Sequence[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        if error.errno not in _STORAGE_FAULTS:
+        if error.errno not in _REFUSED + _FAILED:
             raise
         fail(
             f"{error.strerror}: {error.filename or 'while writing'}; free some space or choose another folder"
         )
-        return StorageError.exit_code
+        return (StorageRefused if error.errno in _REFUSED else StorageError).exit_code
     return code if isinstance(code, int) else 0
 
 
