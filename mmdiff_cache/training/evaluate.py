@@ -53,13 +53,7 @@ def evaluate(
         train_baselines(run, opened, progress)
     dataset = open_dataset(run.config, opened, split)
     predictors = _predictors(run, task, weights)
-    fitting = Fitting(
-        task=task,
-        label=dataset.reader.label_specs[task.label],
-        data_set=run.origin["dataset"],
-        training=_trained_on(run, opened),
-        reader=dataset.reader,
-    )
+    fitting = _fitting(run, opened, dataset)
     simple = baselines_for(fitting)
     found = score(
         {**predictors, **simple},
@@ -93,6 +87,20 @@ def evaluate(
     )
     _keep(run, result)
     return result
+
+
+def _fitting(run: Run, store: Store, dataset: CachedFeatureDataset) -> Fitting:
+    """What the label-free baselines may look at: the labels that the run was trained on."""
+    task = find_task(run.config.task)
+    samples = training_samples(store[TRAIN_SPLIT], run.config.limit)
+    kept, _ = split_samples(samples, run.config.holdout, run.config.seed)
+    return Fitting(
+        task=task,
+        label=dataset.reader.label_specs[task.label],
+        data_set=run.origin["dataset"],
+        training=open_dataset(run.config, store, TRAIN_SPLIT, kept),
+        reader=dataset.reader,
+    )
 
 
 def _predictors(run: Run, task: Task, weights: str) -> dict[str, Predictor]:
@@ -144,13 +152,6 @@ def _pick_split(store: Store, split: str | None) -> str:
     if split not in store.splits:
         raise ConfigError(f"{store.path} has no split {split!r}; it has {', '.join(store.splits)}")
     return split
-
-
-def _trained_on(run: Run, store: Store) -> CachedFeatureDataset:
-    """The samples that a run was trained on."""
-    samples = training_samples(store[TRAIN_SPLIT], run.config.limit)
-    kept, _ = split_samples(samples, run.config.holdout, run.config.seed)
-    return open_dataset(run.config, store, TRAIN_SPLIT, kept)
 
 
 def _protocol(dataset: CachedFeatureDataset, task: Task, split: str) -> str:
