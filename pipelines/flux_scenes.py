@@ -50,7 +50,7 @@ def cpu() -> Recipe:
         ),
         flow=FlowRecipe(phases=(Phase(size=64, steps=1000, batch=32), Phase(size=128, steps=600, batch=16))),
         distill=DistillRecipe(steps=80, batch=8, compiled=False),
-        judge=JudgeRecipe(scenes=5000, steps=1000, batch=12),
+        judge=JudgeRecipe(scenes=5000, steps=8000, batch=12),
         trial=Trial(),
     )
 

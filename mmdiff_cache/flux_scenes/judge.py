@@ -33,6 +33,7 @@ class JudgeRecipe:
     steps: int = 3000
     batch: int = 12
     learning_rate: float = 2e-3
+    object_weight: float = 4.0  # of an object's pixel, beside sky and ground: shapes are the hard part
     blurred: float = 0.5  # share of the pictures that are softened, as a decoder might
     seed: int = 0
 
@@ -193,8 +194,10 @@ def _loss(
     grounds, times = (
         torch.from_numpy(part[chosen]).long().to(device) for part in (truths.grounds, truths.times)
     )
+    weights = torch.full((len(CLASS_NAMES),), recipe.object_weight, device=device)
+    weights[: -len(SHAPES)] = 1.0  # sky and ground come first
     return (
-        F.cross_entropy(found.classes.float(), classes.to(device), ignore_index=IGNORE)
+        F.cross_entropy(found.classes.float(), classes.to(device), weights, ignore_index=IGNORE)
         + F.cross_entropy(found.colours.float(), colours.to(device), ignore_index=IGNORE)
         + 0.2 * F.cross_entropy(found.grounds.float(), grounds)
         + 0.2 * F.cross_entropy(found.times.float(), times)

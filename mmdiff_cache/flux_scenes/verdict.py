@@ -102,8 +102,9 @@ def score(claims: Sequence[Content], shown: Sequence[Content]) -> dict[str, floa
     """Adherence by attribute, each in 0..1.
 
     pairs: share of all claimed (colour, shape) pairs that are shown; count: share of pictures that show
-    as many objects as claimed; ground, time: share of pictures with the claimed one; precision: share of the
-    shown objects that were claimed (not part of the mean); mean: of the four attributes.
+    as many objects as claimed; ground, time: share of pictures with the claimed one; precision: share of
+    the shown objects that were claimed; colours: share of the claimed colours that are shown; mean: of the
+    first four.
     """
     hits = sum(
         pair in picture.pairs for claim, picture in zip(claims, shown, strict=True) for pair in claim.pairs
@@ -119,6 +120,10 @@ def score(claims: Sequence[Content], shown: Sequence[Content]) -> dict[str, floa
         "time": sum(claim.time == picture.time for claim, picture in both) / len(both),
     }
     found["mean"] = sum(found[name] for name in ATTRIBUTES) / len(ATTRIBUTES)
+    wanted = [(colour, picture) for claim, picture in both for colour in sorted({c for c, _ in claim.pairs})]
+    found["colours"] = sum(any(c == colour for c, _ in picture.pairs) for colour, picture in wanted) / max(
+        1, len(wanted)
+    )
     found["precision"] = right / max(1, sum(len(picture.pairs) for picture in shown))
     return found
 
@@ -129,7 +134,7 @@ def headline(
     """(generated - shuffled) / (real - shuffled) of each score: 0 is chance, 1 is as good as a render."""
     return {
         name: (generated[name] - shuffled[name]) / (real[name] - shuffled[name])
-        for name in (*ATTRIBUTES, "mean")
+        for name in (*ATTRIBUTES, "mean", "colours")
     }
 
 

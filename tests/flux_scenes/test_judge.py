@@ -79,6 +79,7 @@ def test_scores_count_pairs_pictures_and_precision() -> None:
     assert found["count"] == 0.5
     assert found["ground"] == found["time"] == 0.5
     assert found["precision"] == 0.5
+    assert found["colours"] == 0.25
     assert found["mean"] == 0.4375
     perfect, chance = score([wanted], [wanted]), dict.fromkeys(found, 0.0)
     assert headline(perfect, chance, perfect)["pairs"] == 1.0
