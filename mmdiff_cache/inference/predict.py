@@ -33,7 +33,7 @@ from mmdiff_cache.records import FeatureBatch, LabelSpec, PreparedSample, Progre
 from mmdiff_cache.store.reader import Store
 from mmdiff_cache.tasks import find_task
 from mmdiff_cache.training.build import Model
-from mmdiff_cache.training.run import Run, load_run, model_for_run, store_of
+from mmdiff_cache.training.run import Run, device_of, load_run, model_for_run, store_of
 from mmdiff_cache.training.scoring import predict_batch, select
 
 Picture = str | os.PathLike[str] | Sample
@@ -63,7 +63,7 @@ class TrainedModel:
         vocabulary = self.vocabulary
         words = {} if vocabulary is None else {vocabulary: filled(self.extraction.concepts)[vocabulary]}
         config = dataclasses.replace(
-            self.extraction, layers=filled(self.config.layers), concepts=words, device=self.config.device
+            self.extraction, layers=filled(self.config.layers), concepts=words, device=device_of(self.run)
         )
         extractor = load_extractor(config, describe(filled(config.backbone)))
         for name, value in extractor.backbone.identity().items():
@@ -162,7 +162,7 @@ def load_model(
     """
     opened = load_run(run if isinstance(run, Run) else Path(run))
     found = store_of(opened, None if store is None else Path(store))
-    return TrainedModel(opened, found, model_for_run(opened, weights).to(opened.config.device))
+    return TrainedModel(opened, found, model_for_run(opened, weights).to(device_of(opened)))
 
 
 def picture_id(path: Path, data_root: str | None) -> str:
