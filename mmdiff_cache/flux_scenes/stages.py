@@ -7,6 +7,7 @@ The working folder holds everything between them; only the last three write into
 
 import json
 import logging
+import shutil
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
@@ -111,15 +112,20 @@ def flow_stage(recipe: Recipe, shop: Workshop) -> None:
 
 
 def distill_stage(recipe: Recipe, shop: Workshop) -> None:
-    """Distil classifier-free guidance into the guidance embedding."""
+    """Distil classifier-free guidance into the guidance embedding; anew if the flow was trained on."""
+    folder = shop.work / "distill"
+    if not _is_distilled(shop):
+        shutil.rmtree(folder, ignore_errors=True)
     pipeline = trained_pipeline(recipe, shop, "flow")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "teacher.json").write_text(json.dumps({"step": _flow_step(shop)}) + "\n")
     lesson, _ = _lessons(recipe, shop, pipeline)
-    train_guidance(pipeline, lesson, recipe.distill, work=shop.work / "distill")
+    train_guidance(pipeline, lesson, recipe.distill, work=folder)
 
 
 def export_stage(recipe: Recipe, shop: Workshop, *, out: Path) -> Path:
     """Write the newest averaged weights as a pipeline folder; a README.md and pictures already there stay."""
-    source = "distill" if (shop.work / "distill" / "checkpoint").exists() else "flow"
+    source = "distill" if _is_distilled(shop) else "flow"
     written = save_pipeline(trained_pipeline(recipe, shop, source), out)
     log.info("%s: %.1f MB from stage %s", out, written / 1e6, source)
     return out
@@ -198,6 +204,20 @@ def describe_run(recipe: Recipe, shop: Workshop) -> dict[str, Any]:
         for stage, state in states.items()
     }
     return {"recipe": asdict(recipe), "done": done}
+
+
+def _flow_step(shop: Workshop) -> int | None:
+    """Step of the flow's checkpoint; None where there is none."""
+    path = shop.work / "flow" / "checkpoint" / "state.json"
+    return json.loads(path.read_text())["step"] if path.exists() else None
+
+
+def _is_distilled(shop: Workshop) -> bool:
+    """Whether there is a distilled checkpoint whose teacher is the flow's present checkpoint."""
+    teacher = shop.work / "distill" / "teacher.json"
+    if not teacher.exists() or not (shop.work / "distill" / "checkpoint").exists():
+        return False
+    return json.loads(teacher.read_text())["step"] == _flow_step(shop)
 
 
 def _lessons(recipe: Recipe, shop: Workshop, pipeline: FluxPipeline) -> tuple[Lesson, Lesson]:
