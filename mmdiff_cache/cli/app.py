@@ -1,11 +1,13 @@
 """The typer application, its commands, and what becomes of an error: one line and an exit code."""
 
 import errno
+import functools
 import logging
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import typer
 
@@ -43,6 +45,21 @@ def root(
     """Run a diffusion transformer once, keep its features, train heads on them as often as you like."""
 
 
+class _Interrupted(Exception):
+    """Ctrl-C on its way past typer, which would turn it into a bare exit code."""
+
+
+def _interruptible(command: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(command)
+    def run_command(**options: Any) -> Any:
+        try:
+            return command(**options)
+        except KeyboardInterrupt as stop:
+            raise _Interrupted from stop
+
+    return run_command
+
+
 EVERYDAY = "Everyday"
 for command in (
     everyday.demo,
@@ -52,7 +69,7 @@ for command in (
     everyday.predict,
     everyday.inspect,
 ):
-    app.command(rich_help_panel=EVERYDAY)(command)
+    app.command(rich_help_panel=EVERYDAY)(_interruptible(command))
 
 
 def main() -> None:
@@ -78,7 +95,7 @@ def run(arguments: Sequence[str]) -> int:
         return error.exit_code
     except typer.TyperException as error:
         return _wrong_usage(error)
-    except (KeyboardInterrupt, typer.Abort) as stop:
+    except (_Interrupted, KeyboardInterrupt, typer.Abort) as stop:
         return _interrupted(stop, shlex.join(["mmdiff-cache", *arguments]))
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -234,7 +234,7 @@ def test_a_folder_that_cannot_be_written_is_said_so(tmp_path: Path) -> None:
     )
     words = [sys.executable, "-c", script, str(tmp_path)]
     done = subprocess.run(words, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False)
-    assert done.stdout.startswith("StorageError cannot write"), done.stderr
+    assert done.stdout.startswith("StorageRefused cannot write"), done.stderr
     assert "no permission; choose a folder that can be written, with --store" in done.stdout
 
 
