@@ -12,7 +12,7 @@ import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, TypeVar
 
 from .errors import ConfigError
 
@@ -20,6 +20,7 @@ NoiseForm = Literal["flow", "vp"]
 DecoderName = str
 """A name in models.mmdiff.DECODERS."""
 T = TypeVar("T")
+C = TypeVar("C", bound="Config")
 
 
 def data_folder() -> Path:
@@ -37,11 +38,11 @@ class Config:
         return json.loads(json.dumps(dataclasses.asdict(self), default=os.fspath))  # type: ignore[call-overload]
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> Self:
+    def from_json(cls: type[C], values: Mapping[str, Any]) -> C:
         """Build from JSON values. Raises ConfigError on an unknown key or a value of the wrong type."""
-        return typing.cast(Self, _build(cls, values, where=cls.__name__))
+        return typing.cast(C, _build(cls, values, where=cls.__name__))
 
-    def override(self, assignments: Mapping[str, str]) -> Self:
+    def override(self: C, assignments: Mapping[str, str]) -> C:
         """Apply `--set` assignments such as `{"aggregator.layer_scale": "1e-4"}`: JSON or bare text."""
         values = self.to_json()
         for dotted, text in assignments.items():

@@ -27,6 +27,7 @@ from torch.utils.data import Dataset
 
 from mmdiff_cache.errors import ConfigError, StoreIncomplete
 from mmdiff_cache.store.reader import SplitReader, Store, open_store
+from mmdiff_cache.store.schema import StoreSchema
 
 _logger = logging.getLogger(__name__)
 
@@ -210,7 +211,7 @@ class CachedFeatureDataset(Dataset[dict[str, Tensor]]):
         arrays: Arrays = {"features": _FEATURES[self.source](self, samples)}
         if self.concepts is not None:
             scores = self.reader.concept_scores(self.concepts, samples, self.timesteps)
-            arrays["concepts"] = concept_maps(scores, map_blocks(self.store, self.concepts))
+            arrays["concepts"] = concept_maps(scores, map_blocks(self.store.manifest.schema, self.concepts))
         for name in self.labels:
             arrays[_LABEL + name] = self.reader.labels(name, samples)
         return arrays
@@ -245,9 +246,9 @@ def _target(label: Tensor) -> Tensor:
     return label if label.is_floating_point() else label.long()
 
 
-def map_blocks(store: Store, vocabulary: str) -> list[int]:
-    """Positions, on the block axis, of the double blocks that the stored maps average."""
-    stored = next(v for v in store.manifest.schema.vocabularies if v.name == vocabulary)
+def map_blocks(schema: StoreSchema, vocabulary: str) -> list[int]:
+    """Positions, on the block axis, of the double blocks that a store's maps average."""
+    stored = next(v for v in schema.vocabularies if v.name == vocabulary)
     return [stored.blocks.index(block) for block in stored.map_blocks or stored.blocks]
 
 

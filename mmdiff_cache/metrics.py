@@ -5,7 +5,7 @@ Protocols: docs/paper-notes.md.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float, Integer
@@ -18,6 +18,7 @@ DELTA = 1.25
 """delta_k is the share of pixels whose ratio to the truth, either way round, is below 1.25^k."""
 
 
+@runtime_checkable
 class Metric(Protocol):
     """What evaluation needs of a metric."""
 

@@ -39,8 +39,9 @@ WEIGHTS = Path(__file__).parents[1] / "mmdiff_cache" / "assets" / "flux-scenes"
 STAGES = ("corpus", "autoencoder", "latents", "flow", "distill", "export", "judge", "pictures")
 
 
-def cpu() -> Recipe:
-    """One thread of a CPU, an hour or two; compiled blocks, bf16."""
+def cpu(*, warm: bool = False) -> Recipe:
+    """One thread of a CPU, an hour or two; compiled blocks, bf16. A warm start needs no small pictures."""
+    small, large = Phase(size=64, steps=1000, batch=32), Phase(size=128, steps=2400, batch=16)
     return Recipe(
         architecture=Architecture(),
         scenes=16384,
@@ -48,9 +49,9 @@ def cpu() -> Recipe:
         autoencoder=AutoencoderRecipe(
             steps=2500, batch=8, learning_rate=2e-3, warmup=30, whole_share=0.1, shards=4
         ),
-        flow=FlowRecipe(phases=(Phase(size=64, steps=1000, batch=32), Phase(size=128, steps=600, batch=16))),
+        flow=FlowRecipe(phases=(large,) if warm else (small, large)),
         distill=DistillRecipe(steps=80, batch=8, compiled=False),
-        judge=JudgeRecipe(scenes=5000, steps=8000, batch=12),
+        judge=JudgeRecipe(scenes=8000, steps=10000, batch=16),
         trial=Trial(),
     )
 
@@ -86,7 +87,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
     torch.set_num_threads(asked.threads)
     torch.set_flush_denormal(True)
-    recipe = cuda() if asked.device.startswith("cuda") else cpu()
+    recipe = cuda() if asked.device.startswith("cuda") else cpu(warm=asked.init is not None)
     shop = Workshop(
         work=asked.work, device=torch.device(asked.device), workers=asked.threads, start=asked.init
     )

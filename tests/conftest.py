@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+import tests.typecheck  # noqa: F401  # before the import hook of pyproject.toml looks for it
+
 if TYPE_CHECKING:
     from mmdiff_cache.backbones.flux import FluxBackbone
 

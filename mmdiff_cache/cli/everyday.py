@@ -183,14 +183,13 @@ def predict(
     run: RunFolder,
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Pictures of any size.")],
     out: Annotated[Path | None, typer.Option(help="Folder to write; RUN/predictions by default.")] = None,
-    store: MovedStore = None,
 ) -> None:
     """Apply a trained run to new pictures: colour PNG, raw array, and a page that shows them side by side."""
     import mmdiff_cache as mm
 
     folder = out or run / "predictions"
     with progress_bar("predict") as advance:
-        predictions = mm.predict(mm.load_model(run, store=store), images, out=folder, progress=advance)
+        predictions = mm.predict(mm.load_model(run), images, out=folder, progress=advance)
     for prediction in predictions:
         say(str(prediction))
     say(f"\npage  {folder / 'index.html'}")

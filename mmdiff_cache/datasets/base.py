@@ -14,8 +14,8 @@ class Dataset(ABC):
     """
 
     label_specs: tuple[LabelSpec, ...] = ()
-    canvas: tuple[int, int] = (1, 1)
-    """Rows and columns in which every label map fits, as distributed. Without labels it has no meaning."""
+    canvas: tuple[int, int] = (0, 0)
+    """Rows and columns in which every label map fits, as distributed; a data set with labels must say it."""
 
     @abstractmethod
     def sample_ids(self, split: str) -> Sequence[str]:

@@ -19,7 +19,7 @@ from mmdiff_cache.scenes import CLASS_NAMES, COLOURS, GROUNDS, HELD_OUT_PAIRS, S
 MIN_AREA = 24  # pixels of a 64 x 64 map: 0.6 % of the picture
 SECOND = 0.25  # of a patch
 PLAIN_AREA = 0.015  # of the picture that every object of a scored prompt shows at least
-PLAIN_HIDDEN = 0.5  # of an object's silhouette that may be hidden or cut off
+PLAIN_HIDDEN = 0.25  # of an object's silhouette that may be hidden or cut off
 
 _FIRST_OBJECT = CLASS_NAMES.index(SHAPES[0])
 ATTRIBUTES = ("pairs", "count", "ground", "time")
@@ -41,10 +41,10 @@ def claimed(scene: Scene) -> Content:
 
 
 def is_plain(scene: Scene) -> bool:
-    """Whether every object is large enough, visible enough, and the only one of its colour and shape."""
+    """Whether every object is large enough, visible enough, and the only one of its colour."""
     least = PLAIN_AREA * scene.size**2
     seen = all(one.visible_pixels >= least and one.hidden_share <= PLAIN_HIDDEN for one in scene.objects)
-    return seen and len({(one.colour, one.shape) for one in scene.objects}) == len(scene.objects)
+    return seen and len({one.colour for one in scene.objects}) == len(scene.objects)
 
 
 def has_held_out_pair(content: Content) -> bool:

@@ -30,10 +30,10 @@ from mmdiff_cache.extraction.run import load_extractor
 from mmdiff_cache.inference.output import Prediction, write_predictions
 from mmdiff_cache.loader import NO_CONCEPTS, Batch, concept_maps, map_blocks, picture_values
 from mmdiff_cache.records import FeatureBatch, LabelSpec, PreparedSample, Progress, Sample
-from mmdiff_cache.store.reader import Store
+from mmdiff_cache.store.manifest import Manifest
 from mmdiff_cache.tasks import find_task
 from mmdiff_cache.training.build import Model
-from mmdiff_cache.training.run import Run, device_of, load_run, model_for_run, store_of
+from mmdiff_cache.training.run import Run, device_of, kept_manifest, load_run, model_for_run
 from mmdiff_cache.training.scoring import predict_batch, select
 
 Picture = str | os.PathLike[str] | Sample
@@ -43,15 +43,17 @@ Picture = str | os.PathLike[str] | Sample
 class TrainedModel:
     """A trained run, ready to be applied; the backbone is loaded at the first picture and kept."""
 
-    def __init__(self, run: Run, store: Store, model: Model) -> None:
+    def __init__(self, run: Run, manifest: Manifest, model: Model) -> None:
         self.run = run
         self.config = run.config
         self.task = find_task(run.config.task)
-        self.store = store
+        self.manifest = manifest
         self.model = model
         self.title = run.path.name
-        self.extraction = ExtractConfig.from_json(store.manifest.config)
-        self.label: LabelSpec = store[store.splits[0]].label_specs[self.task.label]
+        self.extraction = ExtractConfig.from_json(manifest.config)
+        self.label: LabelSpec = next(
+            label.spec for label in manifest.schema.labels if label.spec.name == self.task.label
+        )
 
     @cached_property
     def extractor(self) -> Extractor:
@@ -67,7 +69,7 @@ class TrainedModel:
         )
         extractor = load_extractor(config, describe(filled(config.backbone)))
         for name, value in extractor.backbone.identity().items():
-            stored = self.store.manifest.identity.get(name)
+            stored = self.manifest.identity.get(name)
             if stored != value:
                 raise BackboneError(
                     f"{self.title} has learnt from another {self.extraction.backbone}, whose {name} was "
@@ -128,7 +130,9 @@ class TrainedModel:
         concepts = None
         if self.vocabulary is not None:
             scores = features.concept_scores[self.vocabulary][:count, 0][:, steps]
-            concepts = torch.from_numpy(concept_maps(scores, map_blocks(self.store, self.vocabulary)))
+            concepts = torch.from_numpy(
+                concept_maps(scores, map_blocks(self.manifest.schema, self.vocabulary))
+            )
         return Batch(
             hidden_states=torch.from_numpy(self._inputs(features, samples, steps)),
             concepts=concepts,
@@ -151,18 +155,15 @@ class TrainedModel:
         return np.repeat(maps[:, None, None], len(self.extractor.layers), axis=2)
 
 
-def load_model(
-    run: Run | str | os.PathLike[str], weights: str = "ema", store: str | os.PathLike[str] | None = None
-) -> TrainedModel:
+def load_model(run: Run | str | os.PathLike[str], weights: str = "ema") -> TrainedModel:
     """A trained run, ready to be given to `predict`. Weights: `ema`, `raw` or `best`.
 
-    Of the run's store only what it says about itself is read; `store` says where it lies now, if it was
-    moved. Raises CheckpointError for a run that cannot be used or belongs to another store, StoreError where
-    the store is gone.
+    The store is not needed: the run keeps what it says about itself. Raises CheckpointError for a run that
+    cannot be used.
     """
     opened = load_run(run if isinstance(run, Run) else Path(run))
-    found = store_of(opened, None if store is None else Path(store))
-    return TrainedModel(opened, found, model_for_run(opened, weights).to(device_of(opened)))
+    model = model_for_run(opened, weights).to(device_of(opened))
+    return TrainedModel(opened, kept_manifest(opened), model)
 
 
 def picture_id(path: Path, data_root: str | None) -> str:

@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import zarr
@@ -102,7 +102,7 @@ class PartitionWriter:
         """Remove what was staged. The store itself was not touched."""
         shutil.rmtree(self._staging, ignore_errors=True)
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "PartitionWriter":
         return self
 
     def __exit__(

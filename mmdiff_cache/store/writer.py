@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numcodecs.blosc
 
@@ -63,7 +63,7 @@ class StoreWriter:
         """Give the lock back; a second call does nothing."""
         self._lock.release()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "StoreWriter":
         return self
 
     def __exit__(

@@ -209,17 +209,19 @@ class TrainedBaseline:
     changes: Callable[[TrainConfig], TrainConfig]
 
 
-def _on_latents(config: TrainConfig) -> TrainConfig:
+def on_latents(config: TrainConfig) -> TrainConfig:
+    """The same training on the clean VAE latent."""
     return replace(config, source="latents", aggregator=replace(config.aggregator, norm=None))
 
 
-def _on_images(config: TrainConfig) -> TrainConfig:
+def on_images(config: TrainConfig) -> TrainConfig:
+    """The same training of a small U-Net on the pictures."""
     return replace(config, source="images", learning_rate=pixels.LEARNING_RATE)
 
 
 TRAINED: tuple[TrainedBaseline, ...] = (
-    TrainedBaseline(name="VAE latent, same head", source="latents", changes=_on_latents),
-    TrainedBaseline(name="small CNN on pixels", source="images", changes=_on_images),
+    TrainedBaseline(name="VAE latent, same head", source="latents", changes=on_latents),
+    TrainedBaseline(name="small CNN on pixels", source="images", changes=on_images),
 )
 
 

@@ -1,6 +1,7 @@
 """Predicting a picture gives what evaluating it from the cache gives, and touches nothing it should not."""
 
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 
@@ -132,10 +133,16 @@ def test_prompts_that_a_new_picture_cannot_have_are_refused(runs: dict[str, Run]
     assert model.prepared(scene(0)).prompt == scene(0).prompts["oracle"]
 
 
-def test_a_store_that_was_replaced_is_refused(runs: dict[str, Run]) -> None:
-    run = dataclasses.replace(runs["depth"], origin={**runs["depth"].origin, "fingerprint": "0" * 64})
-    with pytest.raises(CheckpointError, match="identity 000000000000"):
-        load_model(run)
+def test_the_store_is_not_needed(runs: dict[str, Run], tmp_path: Path) -> None:
+    expected = predict(load_model(runs["depth"]), [scene(0)])[0].array
+    moved = tmp_path / "run"
+    shutil.copytree(runs["depth"].path, moved)
+    config = json.loads((moved / "config.json").read_text())
+    (moved / "config.json").write_text(json.dumps(config | {"stores": ["/gone"]}))
+    assert np.array_equal(predict(load_model(moved), [scene(0)])[0].array, expected)
+    shutil.rmtree(moved / "store")
+    with pytest.raises(CheckpointError, match="is not complete"):
+        load_model(moved)
 
 
 def test_a_backbone_whose_weights_changed_is_refused(

@@ -121,14 +121,14 @@ def test_width_must_compress(width: int) -> None:
 
 
 def test_missing_or_foreign_guidance_is_refused() -> None:
-    model, (hidden_states, concepts, others) = MMDiff.from_spec(TINY), inputs()
+    model, (hidden_states, _, _) = MMDiff.from_spec(TINY), inputs()
     for wrong in ((None, others), (concepts, ()), (concepts[:, :2], others)):
         with pytest.raises(ConfigError, match=r"guidance maps of \[4, 3, 2\] channels"):
             model(hidden_states, *wrong)
 
 
 def test_features_of_another_shape_are_refused() -> None:
-    model, (hidden_states, concepts, others) = MMDiff.from_spec(TINY), inputs()
+    model, (hidden_states, _, _) = MMDiff.from_spec(TINY), inputs()
     for wrong in (
         hidden_states[:, :2],
         hidden_states[:, :, :1],
@@ -136,7 +136,7 @@ def test_features_of_another_shape_are_refused() -> None:
         hidden_states[..., :8],
     ):
         with pytest.raises(ConfigError, match=r"built for features \[T L h w C\] of \[3, 2, 4, 6, 12\]"):
-            model(wrong, concepts, others)
+            model(wrong)
 
 
 def test_presets_give_different_models() -> None:

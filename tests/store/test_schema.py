@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mmdiff_cache.datasets.base import Dataset
 from mmdiff_cache.errors import ConfigError
 from mmdiff_cache.records import LabelSpec
 from mmdiff_cache.store.arrays import arrays
@@ -83,7 +84,7 @@ def test_raw_bytes_of_the_papers_setting() -> None:
             {"vocabularies": (Vocabulary(name="x", concepts=("a",), blocks=("b",), map_blocks=("c",)),)},
             "map_blocks",
         ),
-        ({"labels": (LabelArray(spec=LabelSpec(name="a", kind="mask"), canvas=(0, 3)),)}, "canvas"),
+        ({"labels": (LabelArray(spec=LabelSpec(name="a", kind="mask"), canvas=Dataset.canvas),)}, "canvas"),
         ({"labels": (LabelArray(spec=LabelSpec(name="a", kind="mask"), canvas=(3, 3)),) * 2}, "distinct"),
     ],
 )
