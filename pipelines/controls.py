@@ -5,8 +5,8 @@
 
 Every row is the same training (samples, batches, steps, seeds, decoder, loss) on other features: four
 timesteps of the trained backbone, each timestep alone, four timesteps of a backbone of the same shape with
-random weights, the clean VAE latent. The working folder gets table.md, results.json and
-loss-<task>.png; docs/experiments.md says what came out.
+random weights, the clean VAE latent. The working folder gets results.jsonl (one line a training; what has
+one is not trained again), table.md and loss-<task>.png; docs/experiments.md says what came out.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import json
 import logging
 import os
 from collections.abc import Mapping
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from itertools import product
 from multiprocessing import get_context
@@ -31,11 +31,12 @@ import mmdiff_cache as mm
 from mmdiff_cache.backbones.registry import BACKBONES
 from mmdiff_cache.flux_scenes.build import load_pipeline, save_pipeline
 from mmdiff_cache.flux_scenes.curves import draw_lines
+from mmdiff_cache.store.reader import open_store
 from mmdiff_cache.tasks import better, find_task, headline
 from mmdiff_cache.training.baselines import on_latents
 from mmdiff_cache.training.build import open_dataset
 from mmdiff_cache.training.folder import read_metrics
-from mmdiff_cache.training.run import Run, load_run, model_for_run, store_of
+from mmdiff_cache.training.run import Run, model_for_run, store_of
 from mmdiff_cache.training.scoring import model_predictor, score
 
 log = logging.getLogger("controls")
@@ -46,6 +47,7 @@ FOUR = (0.78, 0.52, 0.26, 0.001)
 NINE = (0.9, 0.78, 0.64, 0.52, 0.35, 0.26, 0.15, 0.05, 0.001)
 TRAINED, RANDOM = "trained", "random"
 FULL, SINGLE = "four timesteps", "t = {:g}"
+SHOWN = ("task", "row", "seed", "val", "test")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,12 +56,13 @@ class Size:
 
     limit: int
     """Samples of a split, where it has as many."""
-    steps: int
+    steps: Mapping[str, int]
+    """By task."""
     seeds: tuple[int, ...]
 
 
-WHOLE = Size(limit=512, steps=240, seeds=(0, 1, 2))
-QUICK = Size(limit=16, steps=4, seeds=(0, 1))
+WHOLE = Size(limit=512, steps={"segmentation": 800, "saliency": 320, "depth": 320}, seeds=(0, 1, 2))
+QUICK = Size(limit=16, steps=dict.fromkeys(TASKS, 4), seeds=(0, 1))
 
 
 def row_configs(task: str, size: Size, seed: int, work: Path) -> dict[str, mm.TrainConfig]:
@@ -68,11 +71,12 @@ def row_configs(task: str, size: Size, seed: int, work: Path) -> dict[str, mm.Tr
         task=task,
         stores=(str(work / TRAINED),),
         timesteps=FOUR,
-        steps=size.steps,
+        steps=size.steps[task],
         batch_size=8,
         learning_rate=1e-3,
         decoder_rate=1.0,
         precision="bfloat16",
+        limit=size.limit,
         seed=seed,
     )
     rows = {
@@ -115,13 +119,29 @@ def extract_both(size: Size, work: Path) -> None:
         mm.extract(plan)
 
 
-def train_and_score(config: mm.TrainConfig) -> None:
-    """One training to its end, then its scores on validation and test (averaged weights), kept beside it."""
+def train_and_score(config: mm.TrainConfig, row: str) -> dict[str, Any]:
+    """One training to its end, and what is kept of it: scores with averaged weights, and both curves."""
     torch.set_num_threads(1)
     run = mm.train(config)
-    kept = run.path / "scores.json"
-    if not kept.exists():
-        kept.write_text(json.dumps({split: _headline(run, split) for split in ("val", "test")}))
+    task, lines = find_task(config.task), read_metrics(run.path)
+    key = headline(task, DATASET)
+    found = {
+        **_asked(config, row),
+        **{split: _headline(run, split) for split in ("val", "test")},
+        "loss": _smooth([(line["step"], line["loss"]) for line in lines if "loss" in line]),
+        "held_out": [(line["step"], line["held_out"]["ema"][key]) for line in lines if "held_out" in line],
+    }
+    if row == FULL:
+        baselines = mm.evaluate(run, split="test").baselines
+        found["label_free"] = {name: scores[key] for name, scores in baselines.items()}
+    return found
+
+
+def _asked(config: mm.TrainConfig, row: str) -> dict[str, Any]:
+    """What tells one training from all others: lines of other weights, samples or steps do not count."""
+    fingerprint = open_store(config.stores[0]).manifest.fingerprint
+    asked = {"task": config.task, "row": row, "seed": config.seed, "steps": config.steps}
+    return {**asked, "limit": config.limit, "store": fingerprint}
 
 
 def _headline(run: Run, split: str) -> float:
@@ -137,91 +157,81 @@ def _headline(run: Run, split: str) -> float:
     return found["ema"].overall[headline(task, DATASET)]
 
 
-def train_all(size: Size, work: Path, workers: int) -> None:
-    """Every row, task and seed that is not finished yet, seed by seed."""
-    todo = [
-        config
-        for seed, task in product(size.seeds, TASKS)
-        for config in row_configs(task, size, seed, work).values()
-        if not (Path(str(config.run)) / "scores.json").exists()
-    ]
+def _smooth(losses: list[tuple[int, float]]) -> list[tuple[int, float]]:
+    """The mean of every twentieth of a training."""
+    size = max(1, len(losses) // 20)
+    parts = [losses[start : start + size] for start in range(0, len(losses), size)]
+    return [(part[-1][0], round(mean(loss for _, loss in part), 5)) for part in parts]
+
+
+def train_all(size: Size, work: Path, results: Path, workers: int) -> list[dict[str, Any]]:
+    """Every row, task and seed that has no line in the file of results yet; all lines that count."""
+    done = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+    found: list[dict[str, Any]] = []
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        waiting = {pool.submit(train_and_score, config): config for config in todo}
-        for number, done in enumerate(as_completed(waiting), 1):
-            done.result()
-            log.info("%d of %d: %s", number, len(todo), waiting[done].run)
-
-
-def collect(size: Size, work: Path) -> dict[str, dict[str, dict[str, Any]]]:
-    """By task and row: scores of all seeds, losses, and how far the held-out score moved at the end."""
-    found: dict[str, dict[str, dict[str, Any]]] = {}
-    for task in TASKS:
-        names = row_configs(task, size, 0, work)
-        found[task] = {name: _collect_row(task, name, size, work) for name in names}
+        waiting: list[Future[dict[str, Any]]] = []
+        for seed, task in product(size.seeds, TASKS):
+            for row, config in row_configs(task, size, seed, work).items():
+                asked = _asked(config, row)
+                line = next((line for line in done if asked.items() <= line.items()), None)
+                if line is None:
+                    waiting.append(pool.submit(train_and_score, config, row))
+                else:
+                    found.append(line)
+        for number, future in enumerate(as_completed(waiting), 1):
+            line = future.result()
+            with results.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+            log.info("%d of %d: %s", number, len(waiting), {name: line[name] for name in SHOWN})
+            found.append(line)
     return found
 
 
-def _collect_row(task: str, name: str, size: Size, work: Path) -> dict[str, Any]:
-    folders = [_folder(work, task, name, seed) for seed in size.seeds]
-    scores = [json.loads((folder / "scores.json").read_text()) for folder in folders]
-    key = headline(find_task(task), DATASET)
-    lines = [line for folder in folders for line in read_metrics(folder)]
-    window = max(1, size.steps // 20)
-    losses: dict[int, list[float]] = {}
-    held_out: dict[int, list[float]] = {}
-    for line in lines:
-        if "loss" in line:
-            losses.setdefault(-(-line["step"] // window) * window, []).append(line["loss"])
-        else:
-            held_out.setdefault(line["step"], []).append(line["held_out"]["ema"][key])
-    late = [mean(values) for step, values in sorted(held_out.items()) if step >= 0.8 * size.steps]
-    return {
-        "val": [one["val"] for one in scores],
-        "test": [one["test"] for one in scores],
-        "loss_curve": [(step, mean(values)) for step, values in sorted(losses.items())],
-        "moved": late[-1] - late[0],
-    }
-
-
-def label_free(size: Size, work: Path) -> dict[str, dict[str, float]]:
-    """By task: the headline score of every baseline that needs no training, on the test split."""
-    found: dict[str, dict[str, float]] = {}
+def write_report(lines: list[dict[str, Any]], work: Path) -> None:
+    """table.md, and a picture of the training curves a task."""
+    tables: list[str] = []
     for task in TASKS:
-        result = mm.evaluate(load_run(_folder(work, task, FULL, size.seeds[0])), split="test")
-        found[task] = {name: scores[result.headline] for name, scores in result.baselines.items()}
-    return found
-
-
-def write_report(rows: Mapping[str, Any], baselines: Mapping[str, Any], size: Size, work: Path) -> None:
-    """results.json, table.md and a picture of the curves a task."""
-    (work / "results.json").write_text(json.dumps({"rows": rows, "label-free": baselines}, indent=2) + "\n")
-    lines = [line for task in TASKS for line in _table(task, rows[task], baselines[task])]
-    (work / "table.md").write_text("\n".join(lines) + "\n")
-    log.info("%s\n\n%s", work / "table.md", "\n".join(lines))
-    for task in TASKS:
-        series = {name: row["loss_curve"] for name, row in rows[task].items()}
-        caption = f"{task}: training loss by step, mean over {len(size.seeds)} seeds and 1/20 of the steps"
+        rows: dict[str, list[dict[str, Any]]] = {}
+        for line in sorted((line for line in lines if line["task"] == task), key=lambda one: one["seed"]):
+            rows.setdefault(line["row"], []).append(line)
+        tables += _table(task, rows)
+        caption = f"{task}: training loss by step, each point the mean of 1/20 of the steps and of all seeds"
+        series = {name: _mean_curve([run["loss"] for run in runs]) for name, runs in rows.items()}
         draw_lines(series, caption).save(work / f"loss-{task}.png", optimize=True)
+    (work / "table.md").write_text("\n".join(tables))
+    log.info("%s\n\n%s", work / "table.md", "\n".join(tables))
 
 
-def _table(task: str, rows: Mapping[str, Any], baselines: Mapping[str, float]) -> list[str]:
+def _table(task: str, rows: Mapping[str, list[dict[str, Any]]]) -> list[str]:
     entry = find_task(task)
+    validation = {name: mean(run["val"] for run in runs) for name, runs in rows.items()}
     best: str | None = None
-    for name in map(SINGLE.format, NINE):
-        if better(entry, mean(rows[name]["val"]), None if best is None else mean(rows[best]["val"])):
+    for name in (name for name in map(SINGLE.format, NINE) if name in rows):
+        if better(entry, validation[name], None if best is None else validation[best]):
             best = name
     order = "higher" if entry.higher_is_better else "lower"
     lines = [f"**{task}**, {headline(entry, DATASET)} ({order} is better)", ""]
-    lines += ["| features | test | validation | moved over the last fifth |", "|---|---|---|---|"]
-    for name, row in rows.items():
+    lines += ["| features | test | validation | held-out score, last fifth |", "|---|---|---|---|"]
+    for name in [name for name in row_configs(task, WHOLE, 0, Path()) if name in rows]:
         shown = f"**{name}** (best single one on validation)" if name == best else name
-        lines.append(f"| {shown} | {_spread(row['test'])} | {_spread(row['val'])} | {row['moved']:+.3f} |")
-    lines += [f"| *{name}* | {value:.3f} | | |" for name, value in baselines.items()]
-    return [*lines, ""]
+        curve = _mean_curve([run["held_out"] for run in rows[name]])
+        late = [value for step, value in curve if step >= 0.8 * curve[-1][0]]
+        spread = [_spread([run[split] for run in rows[name]]) for split in ("test", "val")]
+        lines.append(f"| {shown} | {spread[0]} | {spread[1]} | {late[-1] - late[0]:+.3f} |")
+    label_free = next(
+        (run["label_free"] for runs in rows.values() for run in runs if "label_free" in run), {}
+    )
+    return [*lines, *(f"| *{name}* | {value:.3f} | | |" for name, value in label_free.items()), "", ""]
+
+
+def _mean_curve(curves: list[list[tuple[int, float]]]) -> list[tuple[int, float]]:
+    """The mean over trainings, step by step."""
+    return [(points[0][0], mean(value for _, value in points)) for points in zip(*curves, strict=True)]
 
 
 def _spread(values: list[float]) -> str:
-    return f"{mean(values):.3f} ± {stdev(values):.3f}"
+    spread = f" ± {stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{mean(values):.3f}{spread} (n = {len(values)})"
 
 
 def main() -> None:
@@ -229,14 +239,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--work", type=Path, required=True, help="working folder, 5 GB; kept for going on")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="trainings side by side")
+    parser.add_argument("--results", type=Path, help="one line a training; WORK/results.jsonl by default")
     parser.add_argument("--quick", action="store_true", help="a few samples and steps")
     asked = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     size, work = QUICK if asked.quick else WHOLE, asked.work.absolute()
     work.mkdir(parents=True, exist_ok=True)
     extract_both(size, work)
-    train_all(size, work, asked.workers)
-    write_report(collect(size, work), label_free(size, work), size, work)
+    write_report(train_all(size, work, asked.results or work / "results.jsonl", asked.workers), work)
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ def cpu(*, warm: bool = False) -> Recipe:
             steps=2500, batch=8, learning_rate=2e-3, warmup=30, whole_share=0.1, shards=4
         ),
         flow=FlowRecipe(phases=(large,) if warm else (small, large)),
-        distill=DistillRecipe(steps=80, batch=8, compiled=False),
+        distill=DistillRecipe(steps=240, batch=8, compiled=False),
         judge=JudgeRecipe(scenes=8000, steps=10000, batch=16),
         trial=Trial(),
     )

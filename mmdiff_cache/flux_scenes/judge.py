@@ -23,6 +23,8 @@ from mmdiff_cache.scenes import CLASS_NAMES, COLOURS, GROUNDS, SHAPES, TIMES, Sc
 log = logging.getLogger(__name__)
 
 IGNORE = 255
+_MAPS = {"classes": True, "colours": True, "grounds": False, "times": False}
+"""Parts of a reading, and whether each is a map of the picture."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -164,12 +166,18 @@ def load_judge(path: Path) -> Judge:
 
 @torch.no_grad()
 def read(judge: Judge, pictures: NDArray[np.uint8], *, device: torch.device) -> Reading:
-    """The judge's reading of pictures, as log-probabilities on the CPU."""
-    parts = [judge(part.to(device)) for part in to_tensor(pictures).split(32)]
-    names = ("classes", "colours", "grounds", "times")
-    return Reading(
-        **{name: torch.cat([getattr(part, name) for part in parts]).log_softmax(1).cpu() for name in names}
-    )
+    """The reading of pictures, as log-probabilities on the CPU: the mean over picture and mirror image."""
+    parts = [_read_both_ways(judge, part.to(device)) for part in to_tensor(pictures).split(32)]
+    return Reading(**{name: torch.cat([part[name] for part in parts]).cpu() for name in _MAPS})
+
+
+def _read_both_ways(judge: Judge, pictures: Tensor) -> dict[str, Tensor]:
+    straight, mirrored = judge(pictures), judge(pictures.flip(-1))
+    found: dict[str, Tensor] = {}
+    for name, is_map in _MAPS.items():
+        one, other = getattr(straight, name).softmax(1), getattr(mirrored, name).softmax(1)
+        found[name] = ((one + (other.flip(-1) if is_map else other)) / 2).log()
+    return found
 
 
 def _loss(

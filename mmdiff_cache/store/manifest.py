@@ -102,14 +102,17 @@ def hash_of_ids(ids: Sequence[str]) -> str:
     return hashlib.sha256(canonical(list(ids))).hexdigest()
 
 
-def read_manifest(root: Path) -> Manifest:
-    """The manifest of a store. Raises StoreError when the folder is no store or of another format version."""
-    path = root / MANIFEST
+def read_manifest(root: Path, name: str = MANIFEST) -> Manifest:
+    """The manifest of a store, or a copy of it under another name.
+
+    Raises StoreError when the folder is no store or of another format version.
+    """
+    path = root / name
     try:
         data = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         raise StoreError(
-            f"{root} is not a store: it has no {MANIFEST}; 'mmdiff-cache inspect' lists the stores there are"
+            f"{root} is not a store: it has no {name}; 'mmdiff-cache inspect' lists the stores there are"
         ) from None
     _check_version(data, path)
     body = unseal(data, str(path))

@@ -3,7 +3,7 @@
 runs/depth-scenes-flux-scenes-1/
     config.json         the resolved configuration; `train --config` takes it back
     environment.json    versions, device, threads
-    store/              manifest.json of the store: all that `predict` has to know about it
+    store.json          the manifest of the store: all that `predict` has to know about it
     metrics.jsonl       one line each: losses, and scores on the held-out samples
     train.log
     last.safetensors    everything needed to go on
@@ -28,7 +28,7 @@ from mmdiff_cache.errors import ConfigError, StorageRefused
 
 RUNS = Path("runs")
 CONFIG, ENVIRONMENT, METRICS, LOG = "config.json", "environment.json", "metrics.jsonl", "train.log"
-STORE = "store"
+STORE = "store.json"
 PACKAGES = ("mmdiff-cache", "torch", "numpy", "safetensors", "zarr", "numcodecs")
 
 

@@ -18,7 +18,7 @@ import torch
 from mmdiff_cache.config import TrainConfig, filled
 from mmdiff_cache.errors import CheckpointError, ConfigError, StoreError
 from mmdiff_cache.records import Progress
-from mmdiff_cache.store.files import make_folders, storage_errors
+from mmdiff_cache.store.files import storage_errors
 from mmdiff_cache.store.manifest import MANIFEST, Manifest, read_manifest
 from mmdiff_cache.store.reader import Store, open_store
 from mmdiff_cache.tasks import find_task, headline
@@ -148,17 +148,16 @@ def store_of(run: Run, path: str | Path | None = None) -> Store:
     return store
 
 
-def keep_manifest(store: Store, folder: Path) -> None:
+def _keep_manifest(store: Store, folder: Path) -> None:
     """Copy what a store says about itself, so that the run can be applied when the store is gone."""
     with storage_errors(folder):
-        make_folders(folder)
-        shutil.copyfile(store.path / MANIFEST, folder / MANIFEST)
+        shutil.copyfile(store.path / MANIFEST, folder / STORE)
 
 
 def kept_manifest(run: Run) -> Manifest:
     """What the store of a run says about itself. Raises CheckpointError where the run has lost it."""
     try:
-        return read_manifest(run.path / STORE)
+        return read_manifest(run.path, STORE)
     except StoreError as error:
         raise CheckpointError(f"{run.path} is not complete: {error}") from error
 
@@ -183,7 +182,7 @@ def train(config: TrainConfig, progress: Progress | None = None) -> Run:
         else:
             checkpoint.write_json(folder / CONFIG, setup.config.to_json())
             checkpoint.write_json(folder / ENVIRONMENT, environment(config.device))
-            keep_manifest(setup.store, folder / STORE)
+            _keep_manifest(setup.store, folder)
         try:
             trainer.run(progress or _silent)
         except KeyboardInterrupt as stop:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -31,13 +32,18 @@ def test_rows_differ_in_their_features_alone(task: str, tmp_path: Path) -> None:
 def test_the_script_runs_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["controls.py", "--work", str(tmp_path), "--workers", "2", "--quick"])
     controls.main()
-    results = json.loads((tmp_path / "results.json").read_text())
-    rows = results["rows"]["depth"]
-    assert len(rows) == 3 + len(controls.NINE)
-    assert all(len(row["test"]) == len(controls.QUICK.seeds) for row in rows.values())
-    assert rows[controls.FULL]["test"] != rows["random backbone"]["test"]
+    lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    rows = 3 + len(controls.NINE)
+    assert len(lines) == rows * len(controls.TASKS) * len(controls.QUICK.seeds)
+    full, random = (
+        next(line for line in lines if line["row"] == row and line["task"] == "depth")
+        for row in (controls.FULL, "random backbone")
+    )
+    assert full["test"] != random["test"]
     assert "position only" in (tmp_path / "table.md").read_text()
     assert (tmp_path / "loss-depth.png").stat().st_size > 1000
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("last.safetensors")}
+    shutil.rmtree(tmp_path / "runs")
+    table = (tmp_path / "table.md").read_text()
     controls.main()
-    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("last.safetensors")}
+    assert not (tmp_path / "runs").exists(), "nothing is trained twice"
+    assert (tmp_path / "table.md").read_text() == table

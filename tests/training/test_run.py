@@ -77,7 +77,7 @@ def test_the_run_folder_holds_what_is_promised(trained: Callable[[str], Run], le
     names = (
         "config.json",
         "environment.json",
-        "store",
+        "store.json",
         "metrics.jsonl",
         "train.log",
         "last.safetensors",
