@@ -25,6 +25,7 @@ from mmdiff_cache.flux_scenes.rectified_flow import FlowRecipe, Phase
 from mmdiff_cache.flux_scenes.stages import (
     Recipe,
     Workshop,
+    adherence_stage,
     autoencoder_stage,
     corpus_stage,
     distill_stage,
@@ -36,12 +37,16 @@ from mmdiff_cache.flux_scenes.stages import (
 )
 
 WEIGHTS = Path(__file__).parents[1] / "mmdiff_cache" / "assets" / "flux-scenes"
-STAGES = ("corpus", "autoencoder", "latents", "flow", "distill", "export", "judge", "pictures")
+JUDGE = WEIGHTS.with_name("flux-scenes-judge.safetensors")
+STAGES = (
+    *("corpus", "autoencoder", "latents", "flow", "distill", "export"),
+    *("judge", "adherence", "pictures"),
+)
 
 
 def cpu(*, warm: bool = False) -> Recipe:
     """One thread of a CPU, an hour or two; compiled blocks, bf16. A warm start needs no small pictures."""
-    small, large = Phase(size=64, steps=1000, batch=32), Phase(size=128, steps=2400, batch=16)
+    small, large = Phase(size=64, steps=1000, batch=32), Phase(size=128, steps=5400, batch=16)
     return Recipe(
         architecture=Architecture(),
         scenes=16384,
@@ -51,7 +56,7 @@ def cpu(*, warm: bool = False) -> Recipe:
         ),
         flow=FlowRecipe(phases=(large,) if warm else (small, large)),
         distill=DistillRecipe(steps=240, batch=8, compiled=False),
-        judge=JudgeRecipe(scenes=8000, steps=10000, batch=16),
+        judge=JudgeRecipe(scenes=16000, steps=12000, batch=16),
         trial=Trial(),
     )
 
@@ -81,6 +86,7 @@ def main() -> None:
     parser.add_argument("--stage", choices=STAGES, action="append", help="only this stage; may be repeated")
     parser.add_argument("--init", type=Path, help="a pipeline folder to start from instead of from nothing")
     parser.add_argument("--out", type=Path, default=WEIGHTS, help="where export writes the pipeline")
+    parser.add_argument("--judge", type=Path, default=JUDGE, help="the judge; trained where it is missing")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     asked = parser.parse_args()
@@ -93,12 +99,12 @@ def main() -> None:
     )
     try:
         for stage in asked.stage or STAGES:
-            run_stage(stage, recipe, shop, out=asked.out)
+            run_stage(stage, recipe, shop, out=asked.out, judge=asked.judge)
     except KeyboardInterrupt:
         raise SystemExit("stopped; the same command goes on from the checkpoint") from None
 
 
-def run_stage(stage: str, recipe: Recipe, shop: Workshop, *, out: Path) -> None:
+def run_stage(stage: str, recipe: Recipe, shop: Workshop, *, out: Path, judge: Path) -> None:
     """One stage by its name."""
     match stage:
         case "corpus":
@@ -114,7 +120,9 @@ def run_stage(stage: str, recipe: Recipe, shop: Workshop, *, out: Path) -> None:
         case "export":
             export_stage(recipe, shop, out=out)
         case "judge":
-            judge_stage(recipe, shop, out=out)
+            judge_stage(recipe, shop, judge=judge)
+        case "adherence":
+            adherence_stage(recipe, shop, out=out, judge=judge)
         case _:
             pictures_stage(recipe, shop, out=out)
 

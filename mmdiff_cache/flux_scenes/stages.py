@@ -1,8 +1,8 @@
 """The stages of making flux-scenes. Each can be run again: what is finished is kept, what was cut goes on.
 
-    corpus -> autoencoder -> latents -> flow -> distill -> export -> judge -> pictures
+    corpus -> autoencoder -> latents -> flow -> distill -> export -> judge -> adherence -> pictures
 
-The working folder holds everything between them; only the last three write into the weights folder.
+The working folder holds everything between them; only the last four write beside the package's weights.
 """
 
 import json
@@ -131,14 +131,19 @@ def export_stage(recipe: Recipe, shop: Workshop, *, out: Path) -> Path:
     return out
 
 
-def judge_stage(recipe: Recipe, shop: Workshop, *, out: Path) -> dict[str, Any]:
-    """Train the judge once, then score the exported pipeline; the figures are written beside the weights."""
-    path = shop.work / "judge" / "judge.safetensors"
-    if not path.exists():
-        truths = cached_truths(shop.work / "judge", "judge", recipe.judge.scenes)
-        save_judge(train_judge(truths, recipe.judge, device=shop.device), path)
+def judge_stage(recipe: Recipe, shop: Workshop, *, judge: Path) -> None:
+    """Train the judge, unless there is one: it stays fixed while generators change."""
+    if judge.exists():
+        log.info("the judge is trained: %s", judge)
+        return
+    truths = cached_truths(shop.work / "judge", "judge", recipe.judge.scenes)
+    save_judge(train_judge(truths, recipe.judge, device=shop.device), judge)
+
+
+def adherence_stage(recipe: Recipe, shop: Workshop, *, out: Path, judge: Path) -> dict[str, Any]:
+    """Score the exported pipeline; the figures are written beside the weights."""
     pipeline = load_pipeline(out).to(shop.device)
-    report = evaluate_adherence(pipeline, load_judge(path).to(shop.device), recipe.trial, device=shop.device)
+    report = evaluate_adherence(pipeline, load_judge(judge).to(shop.device), recipe.trial, device=shop.device)
     report |= {"date": date.today().isoformat()} | describe_run(recipe, shop)
     (out / "adherence.json").write_text(json.dumps(report, indent=2) + "\n")
     return report

@@ -17,9 +17,9 @@ from mmdiff_cache.flux_scenes.judge import Reading
 from mmdiff_cache.scenes import CLASS_NAMES, COLOURS, GROUNDS, HELD_OUT_PAIRS, SHAPES, TIMES, Scene
 
 MIN_AREA = 24  # pixels of a 64 x 64 map: 0.6 % of the picture
-SECOND = 0.25  # of a patch
+SECOND = 0.45  # of a patch
 PLAIN_AREA = 0.015  # of the picture that every object of a scored prompt shows at least
-PLAIN_HIDDEN = 0.25  # of an object's silhouette that may be hidden or cut off
+PLAIN_HIDDEN = 0.1  # of an object's silhouette that may be hidden or cut off
 
 _FIRST_OBJECT = CLASS_NAMES.index(SHAPES[0])
 ATTRIBUTES = ("pairs", "count", "ground", "time")
@@ -131,10 +131,14 @@ def score(claims: Sequence[Content], shown: Sequence[Content]) -> dict[str, floa
 def headline(
     generated: dict[str, float], shuffled: dict[str, float], real: dict[str, float]
 ) -> dict[str, float]:
-    """(generated - shuffled) / (real - shuffled) of each score: 0 is chance, 1 is as good as a render."""
+    """(generated - shuffled) / (real - shuffled) of each score: 0 is chance, 1 is as good as a render.
+
+    A score that the shuffled prompts reach as well says nothing and is left out.
+    """
     return {
         name: (generated[name] - shuffled[name]) / (real[name] - shuffled[name])
         for name in (*ATTRIBUTES, "mean", "colours")
+        if real[name] != shuffled[name]
     }
 
 

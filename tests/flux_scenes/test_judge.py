@@ -122,7 +122,7 @@ def test_judge_trains_reads_and_survives_the_disk(tmp_path: Path) -> None:
     first, second = (
         read(one, truths.pictures, device=CPU) for one in (judge, load_judge(tmp_path / "judge.safetensors"))
     )
-    assert torch.equal(first.classes, second.classes)
+    torch.testing.assert_close(first.classes, second.classes, atol=0.02, rtol=0.02)
     assert first.classes.shape == (4, len(CLASS_NAMES), 16, 16)
     assert len(contents(first)) == 4
     assert isinstance(judge, Judge)

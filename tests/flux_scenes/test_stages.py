@@ -16,12 +16,14 @@ from mmdiff_cache.flux_scenes.rectified_flow import FlowRecipe, Phase
 from mmdiff_cache.flux_scenes.stages import (
     Recipe,
     Workshop,
+    adherence_stage,
     autoencoder_stage,
     corpus_stage,
     describe_run,
     distill_stage,
     export_stage,
     flow_stage,
+    judge_stage,
     latents_stage,
     trained_pipeline,
 )
@@ -64,6 +66,16 @@ def test_stages_run_in_order_and_start_from_a_folder(tmp_path: Path) -> None:
     torch.testing.assert_close(
         load_pipeline(tmp_path / "flux").transformer.x_embedder.weight, newer, atol=1e-3, rtol=1e-2
     )
+
+    judge = tmp_path / "judge.safetensors"
+    judge_stage(recipe, shop, judge=judge)
+    fixed = judge.read_bytes()
+    judge_stage(dataclasses.replace(recipe, judge=JudgeRecipe(scenes=3, steps=2)), shop, judge=judge)
+    assert judge.read_bytes() == fixed, "a judge is never trained again under the figures it gave"
+    report = adherence_stage(recipe, shop, out=tmp_path / "flux", judge=judge)
+    assert report["all"]["generated"]["n"] == 2
+    assert set(report["judge passes"]) == {"pairs", "count", "ground", "time", "colours"}
+    assert (tmp_path / "flux" / "adherence.json").exists()
 
     again = dataclasses.replace(shop, work=tmp_path / "again", start=tmp_path / "flux")
     autoencoder_stage(recipe, again)
