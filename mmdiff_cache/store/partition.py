@@ -24,6 +24,9 @@ from .files import fsync_file, fsync_folders, sha256_file, staging_folder, stora
 from .manifest import Manifest
 from .metadata import chunk_key
 from .records import FileEntry, Partition, Record, SampleEntry, encode_record, record_path
+from .shard_writer import write_shard
+from .shards import ShardLayout, parse_layout
+from .threads import codec_pool
 
 
 class PartitionWriter:
@@ -46,6 +49,7 @@ class PartitionWriter:
         self._entries: list[SampleEntry | None] = [None] * partition.size
         self._files: dict[str, FileEntry] = {}
         self._staged: dict[str, zarr.Array[Any]] = {}
+        self._shards: ShardLayout | None = None
         with storage_errors(root):
             self._staging = staging_folder(root, partition.name)
 
@@ -127,8 +131,23 @@ class PartitionWriter:
         """One shard a variant; `values` is [V T L h w C]."""
         sample = self.partition.start + offset
         with storage_errors(self.root):
+            layout = self._layout()
             for variant, maps in enumerate(values):
-                self._stage("hidden_states", (sample, variant), np.s_[sample, variant], maps)
+                key = chunk_key(self._specs["hidden_states"], sample, variant)
+                name = f"{self.partition.split}.zarr/{key}"
+                self._files[name] = write_shard(
+                    self._staging, name, layout, maps.reshape(layout.shard), codec_pool()
+                )
+
+    def _layout(self) -> ShardLayout:
+        """How shards of hidden states are encoded; makes their folder in staging the first time."""
+        if self._shards is None:
+            folder = f"{self.partition.split}.zarr/hidden_states"
+            self._shards = parse_layout((self.root / folder / "zarr.json").read_bytes())
+            if self._shards is None:
+                raise StoreError(f"{self.root / folder} has codecs that this mmdiff-cache cannot write")
+            (self._staging / folder).mkdir(parents=True)
+        return self._shards
 
     def _keep(self, offset: int, sample: PreparedSample, row: dict[str, NDArray[Any]]) -> None:
         """Put a sample's small values into the partition's buffers."""

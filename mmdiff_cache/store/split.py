@@ -1,11 +1,13 @@
 """Reads one split. What a record does not vouch for is an error with the sample's name, never a fill value.
 
-Samples are addressed by position, layers by name (`single.4`), timesteps by value (0.26). Reads are slices
-only: zarr is a hundred times slower on lists of positions. All of it may be called from several threads.
+Samples are addressed by position, layers by name (`single.4`), timesteps by value (0.26). Chunks are read
+straight out of their shards (`chunks`); zarr reads what is one chunk a partition, and arrays whose metadata
+says something that `shards` does not know. All of it may be called from several threads.
 """
 
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +19,13 @@ from mmdiff_cache.errors import ConfigError, DamageError, MMDiffError, StorageEr
 from mmdiff_cache.records import LabelSpec
 
 from .arrays import ArraySpec, arrays
+from .chunks import ChunkReader
 from .evidence import Evidence
 from .manifest import Manifest
 from .metadata import chunk_key, codec_words
 from .records import FileEntry
 from .schema import Variant
+from .shards import ShardLayout, parse_layout
 
 TIMESTEP_TOLERANCE = 1e-6
 
@@ -35,7 +39,9 @@ class SplitReader:
         self._root, self._manifest, self._schema = root, manifest, manifest.schema
         self._specs = {spec.path: spec for spec in arrays(manifest.schema, len(self.ids))}
         self._arrays: dict[str, zarr.Array[Any]] = {}
+        self._layouts: dict[str, ShardLayout | None] = {}
         self._evidence = Evidence(root, manifest, split)
+        self._chunks = ChunkReader(root, self._evidence)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -153,12 +159,9 @@ class SplitReader:
         variant = self._variant(variant)
         shape = (len(samples), len(steps), len(blocks), *self._schema.grid, self.channels)
         out = _target(out, shape, np.dtype(np.float16))
-        for row, sample in enumerate(samples):
-            with self._reading("hidden_states", (sample, variant)) as array:
-                for step, to_step in _runs(steps):
-                    for block, to_block in _runs(blocks):
-                        where = (sample, variant, step, block)
-                        out[row, to_step, to_block] = array.get_basic_selection(where)
+        maps = product(enumerate(samples), enumerate(steps), enumerate(blocks))
+        wanted = [((n, variant, t, layer), out[row, i, j]) for (row, n), (i, t), (j, layer) in maps]
+        self._fill("hidden_states", wanted)
         return out
 
     def concept_scores(
@@ -173,10 +176,8 @@ class SplitReader:
         self._evidence.require(samples)
         steps, variant = self._steps(timesteps), self._variant(variant)
         out = np.empty((len(samples), len(steps), *self._specs[path].shape[3:]), np.float32)
-        for row, sample in enumerate(samples):
-            with self._reading(path, self._partition_of(sample)) as array:
-                for step, to_step in _runs(steps):
-                    out[row, to_step] = array.get_basic_selection((sample, variant, step))
+        pairs = product(enumerate(samples), enumerate(steps))
+        self._fill(path, [((n, variant, t), out[row, i]) for (row, n), (i, t) in pairs])
         return out
 
     def concept_maps(self, vocabulary: str, samples: Sequence[int], variant: int = 0) -> NDArray[np.float32]:
@@ -238,19 +239,49 @@ class SplitReader:
             raise ConfigError(f"label set {name!r} is not in {self.path}; stored: {stored}")
         return name
 
-    def _partition_of(self, sample: int) -> tuple[int]:
-        return (sample // self._schema.partition_size,)
-
     def _rows(self, path: str, samples: Sequence[int], variant: int | None = None) -> NDArray[Any]:
-        """Rows of a small array, run by run, each run inside one partition's file."""
+        """Rows of a small array."""
         self._evidence.require(samples)
         spec = self._specs[path]
         inner = spec.shape[1:] if variant is None else spec.shape[2:]
         out = np.empty((len(samples), *inner), object if spec.dtype == "string" else spec.dtype)
+        if spec.chunk[0] == 1:
+            behind = () if variant is None else (variant,)
+            self._fill(path, [((n, *behind), out[row]) for row, n in enumerate(samples)])
+            return out
         for run, target in _runs(samples, self._schema.partition_size):
-            with self._reading(path, self._partition_of(run.start)) as array:
+            with self._reading(path, (run.start // self._schema.partition_size,)) as array:
                 out[target] = array.get_basic_selection(run if variant is None else (run, variant))
         return out
+
+    def _fill(self, path: str, wanted: Sequence[tuple[tuple[int, ...], NDArray[Any]]]) -> None:
+        """Fill each target with the chunk at its position; a position names all axes that chunks divide."""
+        layout, spec = self._layout(path), self._specs[path]
+        shard = spec.shard or spec.chunk
+        if layout is None:
+            for position, target in wanted:
+                outer = tuple(at // size for at, size in zip(position, shard, strict=False))
+                with self._reading(path, outer) as array:
+                    target[...] = array.get_basic_selection(position)
+            return
+        files: dict[str, list[tuple[int, NDArray[Any]]]] = {}
+        for position, target in wanted:
+            outer, number = layout.locate((*position, *[0] * (len(spec.shape) - len(position))))
+            files.setdefault(f"{self.split}.zarr/{chunk_key(spec, *outer)}", []).append((number, target))
+        self._chunks.read(layout, list(files.items()))
+
+    def _layout(self, path: str) -> ShardLayout | None:
+        """How an array's shards can be read without zarr; None where its metadata says something unknown."""
+        if path not in self._layouts:
+            spec = self._specs[path]
+            found = parse_layout((self.path / path / "zarr.json").read_bytes())
+            fits = found is not None and (found.shard, found.chunk, found.dtype) == (
+                spec.shard,
+                spec.chunk,
+                np.dtype(spec.dtype),
+            )
+            self._layouts[path] = found if fits else None
+        return self._layouts[path]
 
     @contextmanager
     def _reading(self, path: str, position: tuple[int, ...]) -> Generator["zarr.Array[Any]"]:

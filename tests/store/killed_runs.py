@@ -1,8 +1,8 @@
 """Runs a small extraction that is killed at chosen file operations, then runs it again: test_kill's script.
 
 A process of its own, forked before zarr has started a thread. Arguments: a folder, then the numbers of the
-file operations (os.replace, os.fsync, os.unlink, os.mkdir) instead of which a run dies; without numbers it
-runs to its end. One JSON line a run: where it died, and how the second run ended.
+operations (os.replace, os.fsync, os.unlink, os.mkdir, the index behind a shard's chunks) instead of which a
+run dies; without numbers it runs to its end. One JSON line a run: where it died, and how the second ended.
 """
 
 import json
@@ -12,10 +12,13 @@ import sys
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mmdiff_cache.errors import StoreIncomplete
+from mmdiff_cache.store import shard_writer
 from mmdiff_cache.store.manifest import MANIFEST
 from mmdiff_cache.store.reader import open_store
+from mmdiff_cache.store.shards import encode_index
 from tests.store.synthetic import make_features, make_manifest, make_schema, write_store
 
 MANIFEST_OF_RUN = make_manifest(
@@ -28,27 +31,35 @@ def record_operations(log: Path, die_at: int | None) -> None:
     """Note every operation that changes files, and end the process instead of doing number `die_at`."""
     count = 0
 
+    def note(line: str) -> None:
+        nonlocal count
+        with open(log, "a", encoding="utf-8") as file:
+            file.write(f"{line}\n")
+        if count == die_at:
+            os._exit(9)
+        count += 1
+
     def watch(name: str) -> None:
         real = getattr(os, name)
 
         def watched(*arguments: object, **keywords: object) -> object:
-            nonlocal count
             target = arguments[1] if name == "replace" else arguments[0]
             if isinstance(target, int):
                 target = os.readlink(f"/proc/self/fd/{target}")
             shown = re.sub(r"-\d+-[0-9a-f]{8}|[0-9a-f]{32}", "-*", str(target)).replace(str(log.parent), "")
-            with open(log, "a", encoding="utf-8") as file:
-                file.write(f"{name} {re.sub('/[a-z]*[0-9]*/', '/', shown, count=1)}\n")
-            if count == die_at:
-                os._exit(9)
-            count += 1
+            note(f"{name} {re.sub('/[a-z]*[0-9]*/', '/', shown, count=1)}")
             # a killed process loses nothing that it wrote, so the slow part of fsync would prove nothing here
             return None if name == "fsync" else real(*arguments, **keywords)
 
         setattr(os, name, watched)
 
+    def index(places: NDArray[np.uint64]) -> bytes:
+        note("index of a shard")
+        return encode_index(places)
+
     for name in ("replace", "fsync", "unlink", "mkdir"):
         watch(name)
+    shard_writer.encode_index = index
 
 
 def in_child(log: Path, store: Path, die_at: int | None) -> int:

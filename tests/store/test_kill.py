@@ -17,7 +17,7 @@ MOMENTS = {
     "inside the metadata": "replace /train.zarr/hidden_states/zarr.json",
     "metadata written, manifest not": "replace /manifest.json",
     "manifest renamed, not yet durable": "fsync /store",
-    "inside a shard": "replace /staging/train-000000-*/train.zarr/hidden_states/c.1.0.0.0.0.0.0",
+    "inside a shard": "index of a shard",
     "shard staged, not yet durable": "fsync /staging/train-000000-*/train.zarr/hidden_states/c.1.1.0.0.0.0.0",
     "before the first shard is in place": "replace /train.zarr/audit/c.0.0.0.0.0",
     "between two shards": "replace /train.zarr/hidden_states/c.1.0.0.0.0.0.0",
