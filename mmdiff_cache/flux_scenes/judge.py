@@ -66,7 +66,7 @@ class Reading:
 class Judge(nn.Module):
     """A U-shaped network with four heads."""
 
-    def __init__(self, widths: tuple[int, ...] = (32, 64, 128, 128)) -> None:
+    def __init__(self, widths: tuple[int, ...] = (24, 48, 96, 96)) -> None:
         super().__init__()
         ends = (3, *widths)
         self.down = nn.ModuleList(_block(a, b, stride=2) for a, b in zip(ends, widths, strict=False))
