@@ -133,7 +133,7 @@ def train_judge(truths: Truths, recipe: JudgeRecipe, *, device: torch.device) ->
     """Train a judge from nothing."""
     torch.manual_seed(recipe.seed)
     generator = torch.Generator().manual_seed(recipe.seed)
-    judge = Judge().to(device, memory_format=torch.channels_last).train()
+    judge = Judge().to(device).train()
     optimiser = torch.optim.AdamW(judge.parameters(), lr=recipe.learning_rate, weight_decay=1e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimiser, recipe.learning_rate, recipe.steps, pct_start=0.1
