@@ -35,11 +35,11 @@ TASKS: Final = ("segmentation", "saliency", "depth")
 SPLITS: Final = ("train", "test")
 SAMPLES: Final = 160
 """Of each split: as many as fit into ten minutes on two cores with the passes below."""
-PASSES: Final = 5
+PASSES: Final = 12
 """Times that each training sample is seen."""
 BATCH_SIZE: Final = 8
-LEARNING_RATE: Final = 1e-3
-"""Ten times the paper's, for a training of minutes."""
+LEARNING_RATE: Final = 3e-3
+"""Thirty times the paper's, for a training of minutes instead of 20 epochs of ten thousand pictures."""
 SHOWN: Final = 8
 FRESH_SPLIT, FRESH_INDEX = "val", 0
 

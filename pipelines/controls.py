@@ -61,7 +61,7 @@ class Size:
     seeds: tuple[int, ...]
 
 
-WHOLE = Size(limit=512, steps={"segmentation": 800, "saliency": 320, "depth": 320}, seeds=(0, 1, 2))
+WHOLE = Size(limit=512, steps={"segmentation": 480, "saliency": 240, "depth": 240}, seeds=(0, 1, 2))
 QUICK = Size(limit=16, steps=dict.fromkeys(TASKS, 4), seeds=(0, 1))
 
 
@@ -73,7 +73,7 @@ def row_configs(task: str, size: Size, seed: int, work: Path) -> dict[str, mm.Tr
         timesteps=FOUR,
         steps=size.steps[task],
         batch_size=8,
-        learning_rate=1e-3,
+        learning_rate=3e-3,
         decoder_rate=1.0,
         precision="bfloat16",
         limit=size.limit,

@@ -46,7 +46,7 @@ STAGES = (
 
 def cpu(*, warm: bool = False) -> Recipe:
     """One thread of a CPU, an hour or two; compiled blocks, bf16. A warm start needs no small pictures."""
-    small, large = Phase(size=64, steps=1000, batch=32), Phase(size=128, steps=5400, batch=16)
+    small, large = Phase(size=64, steps=1000, batch=32), Phase(size=128, steps=5000, batch=16)
     return Recipe(
         architecture=Architecture(),
         scenes=16384,
@@ -56,7 +56,7 @@ def cpu(*, warm: bool = False) -> Recipe:
         ),
         flow=FlowRecipe(phases=(large,) if warm else (small, large)),
         distill=DistillRecipe(steps=240, batch=8, compiled=False),
-        judge=JudgeRecipe(scenes=16000, steps=12000, batch=16),
+        judge=JudgeRecipe(scenes=8000, steps=10000, batch=16),
         trial=Trial(),
     )
 

@@ -66,7 +66,7 @@ class Reading:
 class Judge(nn.Module):
     """A U-shaped network with four heads."""
 
-    def __init__(self, widths: tuple[int, ...] = (32, 64, 128, 128)) -> None:
+    def __init__(self, widths: tuple[int, ...] = (24, 48, 96, 96)) -> None:
         super().__init__()
         ends = (3, *widths)
         self.down = nn.ModuleList(_block(a, b, stride=2) for a, b in zip(ends, widths, strict=False))
@@ -133,7 +133,7 @@ def train_judge(truths: Truths, recipe: JudgeRecipe, *, device: torch.device) ->
     """Train a judge from nothing."""
     torch.manual_seed(recipe.seed)
     generator = torch.Generator().manual_seed(recipe.seed)
-    judge = Judge().to(device, memory_format=torch.channels_last).train()
+    judge = Judge().to(device).train()
     optimiser = torch.optim.AdamW(judge.parameters(), lr=recipe.learning_rate, weight_decay=1e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimiser, recipe.learning_rate, recipe.steps, pct_start=0.1

@@ -57,7 +57,7 @@ def class_colours(count: int) -> UInt8[RGB, "count 3"]:
         _from_hue(index * _GOLDEN_ANGLE % 1.0, 0.75 if index % 2 else 0.55)
         for index in range(len(_CLASS_COLOURS), count)
     )
-    return np.array([*_CLASS_COLOURS[:count], *later], dtype=np.uint8)
+    return np.array([*_CLASS_COLOURS[:count], *later], dtype=np.uint8).reshape(-1, 3)
 
 
 def _from_hue(hue: float, value: float) -> tuple[int, int, int]:

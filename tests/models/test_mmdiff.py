@@ -121,7 +121,7 @@ def test_width_must_compress(width: int) -> None:
 
 
 def test_missing_or_foreign_guidance_is_refused() -> None:
-    model, (hidden_states, _, _) = MMDiff.from_spec(TINY), inputs()
+    model, (hidden_states, concepts, others) = MMDiff.from_spec(TINY), inputs()
     for wrong in ((None, others), (concepts, ()), (concepts[:, :2], others)):
         with pytest.raises(ConfigError, match=r"guidance maps of \[4, 3, 2\] channels"):
             model(hidden_states, *wrong)
