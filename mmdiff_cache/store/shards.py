@@ -10,14 +10,15 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import google_crc32c
+import numcodecs.blosc
 import numpy as np
-from numcodecs import blosc
 from numpy.typing import NDArray
 
 CHECKSUM_BYTES = 4
 EMPTY = 2**64 - 1
 """Offset and length of a chunk that was never written."""
 _BLOSC_HEADER = 16
+blosc: Any = numcodecs.blosc
 _SHUFFLES = {"noshuffle": blosc.NOSHUFFLE, "shuffle": blosc.SHUFFLE, "bitshuffle": blosc.BITSHUFFLE}
 _INDEX_CODECS = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
 

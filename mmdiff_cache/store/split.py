@@ -245,7 +245,7 @@ class SplitReader:
         spec = self._specs[path]
         inner = spec.shape[1:] if variant is None else spec.shape[2:]
         out = np.empty((len(samples), *inner), object if spec.dtype == "string" else spec.dtype)
-        if spec.chunk[0] == 1:
+        if spec.chunk[0] == 1 and spec.dtype != "string":
             behind = () if variant is None else (variant,)
             self._fill(path, [((n, *behind), out[row]) for row, n in enumerate(samples)])
             return out
