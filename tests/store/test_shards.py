@@ -152,10 +152,16 @@ def test_a_chunk_with_a_header_that_lies_is_refused() -> None:
         lambda c: c.update(data_type="int7"),
         lambda c: c.pop("codecs"),
     ],
-    ids=(
-        "index first, no checksum, another codec, big endian, a second codec, transformers, "
-        "another type, no codecs"
-    ).split(", "),
+    ids=[
+        "index first",
+        "no checksum",
+        "another codec",
+        "big endian",
+        "a second codec",
+        "transformers",
+        "another type",
+        "no codecs",
+    ],
 )
 def test_what_is_not_known_is_left_to_zarr(finished: Path, change) -> None:
     stated = json.loads((finished / "train.zarr/hidden_states/zarr.json").read_bytes())
