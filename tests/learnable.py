@@ -14,7 +14,8 @@ import torch
 from mmdiff_cache.datasets.scenes import LABELS as SCENES_LABELS
 from mmdiff_cache.datasets.scenes import RenderedScenes
 from mmdiff_cache.datasets.transforms import prepare
-from mmdiff_cache.records import STATISTICS, FeatureBatch, LabelSpec, PreparedSample
+from mmdiff_cache.extraction.extractor import store_as_float16
+from mmdiff_cache.records import FeatureBatch, LabelSpec, PreparedSample
 from mmdiff_cache.store.manifest import Manifest
 from mmdiff_cache.store.schema import LabelArray, StoreSchema, Vocabulary
 from mmdiff_cache.store.writer import open_writer
@@ -130,12 +131,14 @@ def make_features(schema: StoreSchema, ids: list[str], noise: float = 1.0) -> Fe
             size = (1, steps, len(v.blocks), len(v.concepts), rows, columns)
             scores[v.name].append((3 * random.standard_normal(size)).astype(np.float32))
     stacked = {name: np.stack(rows_) for name, rows_ in scores.items()}
+    hidden_states = np.stack(hidden)
+    audit = store_as_float16(torch.from_numpy(hidden_states[:, 0]))[1].numpy()[:, None]
     return FeatureBatch(
-        hidden_states=np.stack(hidden),
+        hidden_states=hidden_states,
         concept_scores=stacked,
         concept_maps={v.name: expected_maps(stacked[v.name], v) for v in schema.vocabularies},
         latents=np.stack(latents),
-        audit=np.zeros((len(ids), 1, steps, layers, len(STATISTICS)), np.float32),
+        audit=audit,
     )
 
 

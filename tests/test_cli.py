@@ -2,6 +2,7 @@
 
 import errno
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -200,3 +201,18 @@ def test_an_interrupted_command_names_the_line_that_goes_on(
     raising(KeyboardInterrupt(), monkeypatch)
     assert run(["extract", "--data-root", "my pictures"]) == 130
     assert "mmdiff-cache extract --data-root 'my pictures'" in capfd.readouterr().err
+
+
+def test_verify_says_it_with_its_exit_code(
+    learnable_store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = Path(shutil.copytree(learnable_store, tmp_path / "store"))
+    assert run(["verify", str(store), "--limit", "2"]) == 0
+    assert "sound" in capsys.readouterr().out
+    shard = next((store / "train.zarr/hidden_states").glob("c.0.*"))
+    shard.write_bytes(shard.read_bytes()[:-5])
+    assert run(["verify", str(store), "--json"]) == 1
+    (finding,) = json.loads(capsys.readouterr().out)["findings"]
+    assert finding["where"] == f"train.zarr/hidden_states/{shard.name}"
+    assert run(["verify", str(tmp_path)]) == 2
+    assert "is not a store" in capsys.readouterr().err

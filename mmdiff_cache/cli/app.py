@@ -12,7 +12,7 @@ from typing import Any
 import typer
 
 from mmdiff_cache import __version__
-from mmdiff_cache.cli import everyday
+from mmdiff_cache.cli import everyday, store_commands
 from mmdiff_cache.cli.console import err, fail, out
 from mmdiff_cache.errors import MMDiffError, StorageError, StorageRefused
 
@@ -70,6 +70,9 @@ for command in (
     everyday.inspect,
 ):
     app.command(rich_help_panel=EVERYDAY)(_interruptible(command))
+
+STORE = "Store"
+app.command(rich_help_panel=STORE)(_interruptible(store_commands.verify))
 
 
 def main() -> None:

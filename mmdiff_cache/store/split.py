@@ -62,6 +62,11 @@ class SplitReader:
         return self._schema.variants
 
     @property
+    def seed(self) -> int:
+        """Seed of the run's noise."""
+        return self._manifest.seed
+
+    @property
     def grid(self) -> tuple[int, int]:
         """Token rows h and columns w."""
         return self._schema.grid
@@ -196,6 +201,10 @@ class SplitReader:
     def prompts(self, samples: Sequence[int]) -> list[str]:
         """The texts that conditioned the backbone."""
         return [str(text) for text in self._rows("prompt", samples)]
+
+    def stored_ids(self, samples: Sequence[int]) -> list[str]:
+        """The ids as the store's own array has them; `ids` are those of the manifest."""
+        return [str(name) for name in self._rows("sample_id", samples)]
 
     def noise_keys(self, samples: Sequence[int]) -> NDArray[np.uint64]:
         """Philox keys, [B V 2]; records.draw_noise gives the noise itself."""

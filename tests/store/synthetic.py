@@ -97,14 +97,23 @@ def make_features(schema: StoreSchema, ids: list[str]) -> FeatureBatch:
     def draw(*shape: int, dtype: type = np.float32) -> np.ndarray:
         return np.stack([row.standard_normal(shape).astype(dtype) for row in rows])
 
+    def shares(*shape: int) -> np.ndarray:
+        powers = np.exp(draw(*shape))
+        return powers / powers.sum(axis=2, keepdims=True)
+
+    hidden_states = draw(v, t, steps, *schema.grid, schema.channels, dtype=np.float16)
+    wide, axes = hidden_states.astype(np.float32), (-3, -2, -1)
     audit = np.abs(draw(v, t, steps, len(STATISTICS)))
-    audit[..., STATISTICS.index("non_finite")] = 0
+    audit[..., STATISTICS.index("mean")] = wide.mean(axis=axes)
+    audit[..., STATISTICS.index("rms")] = np.sqrt(np.square(wide).mean(axis=axes))
+    audit[..., STATISTICS.index("max_abs")] = np.abs(wide).max(axis=axes)
+    audit[..., STATISTICS.index("clipped") :] = 0
     return FeatureBatch(
-        hidden_states=draw(v, t, steps, *schema.grid, schema.channels, dtype=np.float16),
+        hidden_states=hidden_states,
         concept_scores={
             x.name: draw(v, t, len(x.blocks), len(x.concepts), *schema.grid) for x in schema.vocabularies
         },
-        concept_maps={x.name: draw(v, len(x.concepts), *schema.grid) for x in schema.vocabularies},
+        concept_maps={x.name: shares(v, len(x.concepts), *schema.grid) for x in schema.vocabularies},
         latents=draw(*schema.grid, schema.latent_channels),
         audit=audit,
     )

@@ -1,0 +1,35 @@
+"""The commands that look after stores. Each parses, calls the library, prints, and ends with the line to type
+next.
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mmdiff_cache.cli.console import next_command, print_json, progress_bar, say
+from mmdiff_cache.cli.everyday import AsJson
+
+DAMAGED = 1
+
+
+def verify(
+    store: Annotated[Path, typer.Argument(metavar="STORE", help="Folder of a store.")],
+    limit: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Only the first N samples of every split.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check every byte and every value of a store against its records. Exit code 1: something is damaged."""
+    from mmdiff_cache.store.verify import verify as check
+
+    with progress_bar("verify") as advance:
+        found = check(store, limit, progress=advance)
+    if as_json:
+        print_json(found.to_json())
+    else:
+        say(str(found))
+    if not found.sound:
+        raise typer.Exit(DAMAGED)
+    if not as_json:
+        next_command("mmdiff-cache", "inspect", str(store))
