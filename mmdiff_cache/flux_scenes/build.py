@@ -17,6 +17,7 @@ from transformers.models.clip.modeling_clip import CLIPTextModel
 from transformers.models.t5.configuration_t5 import T5Config
 from transformers.models.t5.modeling_t5 import T5EncoderModel
 
+from mmdiff_cache.errors import ConfigError
 from mmdiff_cache.flux_scenes.tokens import clip_tokenizer, t5_tokenizer
 from mmdiff_cache.scenes import VOCABULARY
 
@@ -174,7 +175,9 @@ def _promise_fp32(path: Path) -> None:
 
 
 def load_pipeline(folder: Path | str) -> FluxPipeline:
-    """Read a pipeline folder in fp32, ready to be trained on."""
+    """Read a pipeline folder in fp32, ready to be trained on. Raises ConfigError where there is none."""
+    if not Path(folder).is_dir():
+        raise ConfigError(f"{folder} is not a folder; there is no pipeline to read")
     pipeline = FluxPipeline.from_pretrained(folder, local_files_only=True)
     assert isinstance(pipeline, FluxPipeline)
     return pipeline
