@@ -21,6 +21,9 @@ from mmdiff_cache.errors import ConfigError
 from mmdiff_cache.flux_scenes.tokens import clip_tokenizer, t5_tokenizer
 from mmdiff_cache.scenes import VOCABULARY
 
+ORIGIN = ("_name_or_path", "is_local", "local_files_only")
+"""Fields of configurations that say where a part was loaded from."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Architecture:
@@ -165,7 +168,17 @@ def save_pipeline(pipeline: FluxPipeline, folder: Path) -> int:
         part.float().load_state_dict(originals[name])
     for name in ("text_encoder", "text_encoder_2"):
         _promise_fp32(folder / name / "config.json")
+    for path in (folder / "model_index.json", *folder.glob("*/*config.json")):
+        _forget_origin(path)
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def _forget_origin(path: Path) -> None:
+    """Leave out from which folder of which machine the parts were read: it is of no use on another."""
+    config = json.loads(path.read_text())
+    kept = {name: value for name, value in config.items() if name not in ORIGIN}
+    if kept != config:
+        path.write_text(json.dumps(kept, indent=2) + "\n")
 
 
 def _promise_fp32(path: Path) -> None:
