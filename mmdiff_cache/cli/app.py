@@ -72,7 +72,8 @@ for command in (
     app.command(rich_help_panel=EVERYDAY)(_interruptible(command))
 
 STORE = "Store"
-app.command(rich_help_panel=STORE)(_interruptible(store_commands.verify))
+for command in (store_commands.verify, store_commands.repair):
+    app.command(rich_help_panel=STORE)(_interruptible(command))
 
 
 def main() -> None:

@@ -11,10 +11,11 @@ from mmdiff_cache.cli.console import next_command, print_json, progress_bar, say
 from mmdiff_cache.cli.everyday import AsJson
 
 DAMAGED = 1
+StoreFolder = Annotated[Path, typer.Argument(metavar="STORE", help="Folder of a store.")]
 
 
 def verify(
-    store: Annotated[Path, typer.Argument(metavar="STORE", help="Folder of a store.")],
+    store: StoreFolder,
     limit: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="Only the first N samples of every split.")
     ] = None,
@@ -29,7 +30,21 @@ def verify(
         print_json(found.to_json())
     else:
         say(str(found))
+    if not found.sound and not as_json:
+        next_command("mmdiff-cache", "repair", str(store))
     if not found.sound:
         raise typer.Exit(DAMAGED)
     if not as_json:
         next_command("mmdiff-cache", "inspect", str(store))
+
+
+def repair(store: StoreFolder) -> None:
+    """Verify a store, and extract again just what is damaged or missing, with its recorded configuration."""
+    from mmdiff_cache.extraction.repair import repair as mend
+
+    with progress_bar("repair") as advance:
+        found = mend(store, progress=advance)
+    say(str(found))
+    if not found.sound:
+        raise typer.Exit(DAMAGED)
+    next_command("mmdiff-cache", "inspect", str(store))

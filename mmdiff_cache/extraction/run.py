@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Generator
+from collections.abc import Collection, Generator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -26,13 +26,19 @@ from mmdiff_cache.store.writer import StoreWriter, open_writer
 logger = logging.getLogger(__name__)
 
 
-def extract(plan: ExtractionPlan | ExtractConfig, progress: Progress | None = None) -> Store:
+def extract(
+    plan: ExtractionPlan | ExtractConfig,
+    progress: Progress | None = None,
+    *,
+    redo: Collection[str] = (),
+) -> Store:
     """Run the backbone over the planned samples and return their store. Safe to run again, and to interrupt.
 
     Finished partitions are kept and skipped; the backbone is loaded only when something is left to do.
     Samples that could not be used are in the store as failed, each with its reason; the run goes on past
     them, and a later one tries them again if their files can be read by then. An interruption loses at most
-    the partition it fell into. `progress` is called with samples done, all samples, and the speed.
+    the partition it fell into. `redo` names partitions to extract again although they are recorded, as
+    repair asks. `progress` is called with samples done, all samples, and the speed.
 
     Raises DataError when a source changed since it was extracted, StorageError when the disk is too small or
     refuses, StoreError when the folder holds something else, BackboneError when weights are missing or the
@@ -46,7 +52,9 @@ def extract(plan: ExtractionPlan | ExtractConfig, progress: Progress | None = No
         pending = [partition for split in plan.samples for partition in writer.pending(split)]
         before = open_store(plan.store)
         check_unchanged(plan, before)
-        pending += [partition for partition in mended_partitions(plan, before) if partition not in pending]
+        again = [p for split in plan.samples for p in before.manifest.partitions(split) if p.name in redo]
+        again += mended_partitions(plan, before)
+        pending += [partition for partition in dict.fromkeys(again) if partition not in pending]
         left = sum(partition.size for partition in pending)
         if pending:
             logger.info("%d of %d samples to extract\n%s", left, plan.total, plan)

@@ -20,6 +20,11 @@ from .schema import FORMAT_VERSION
 State = Literal["done", "failed"]
 
 
+def partition_name(split: str, index: int) -> str:
+    """How a partition is called: in its record's file name, in staging, in messages."""
+    return f"{split}-{index:06d}"
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Partition:
     """A fixed run of samples of one split, `start <= position < stop`: the unit of work and of redo."""
@@ -32,7 +37,7 @@ class Partition:
     @property
     def name(self) -> str:
         """Name of its record, without the ending."""
-        return f"{self.split}-{self.index:06d}"
+        return partition_name(self.split, self.index)
 
     @property
     def size(self) -> int:
@@ -80,6 +85,11 @@ class Record:
     """Fingerprint of the identity (`Manifest.fingerprint`) under which the samples were extracted."""
     samples: tuple[SampleEntry, ...]
     files: tuple[FileEntry, ...]
+
+    @property
+    def name(self) -> str:
+        """Name of its partition."""
+        return partition_name(self.split, self.partition)
 
 
 def is_text(text: str) -> bool:

@@ -58,6 +58,8 @@ class Verification:
     pending: int
     """Samples that were never finished: work to do, not damage."""
     findings: tuple[Finding, ...]
+    partitions: frozenset[str] = frozenset()
+    """Names of the recorded partitions that have to be extracted again."""
 
     @property
     def sound(self) -> bool:
@@ -66,7 +68,7 @@ class Verification:
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
-        return {**asdict(self), "sound": self.sound}
+        return {**asdict(self), "partitions": sorted(self.partitions), "sound": self.sound}
 
     def __str__(self) -> str:
         seen = f"{self.files:,} files, {self.bytes / 1e6:,.1f} MB, the values of {self.samples:,} samples"
@@ -111,6 +113,7 @@ class _Check:
         self._root, self._manifest, self._limit = root, manifest, limit
         self._pool, self._progress = pool, progress
         self._findings: list[Finding] = []
+        self._damaged: set[str] = set()
         self._files = self._bytes = self._failed = self._pending = self._samples = 0
 
     def run(self) -> Verification:
@@ -130,6 +133,7 @@ class _Check:
             failed=self._failed,
             pending=self._pending,
             findings=tuple(self._findings),
+            partitions=frozenset(self._damaged),
         )
 
     def _metadata(self) -> Iterator[str]:
@@ -171,14 +175,14 @@ class _Check:
 
     def _recorded_files(self, records: Sequence[Record]) -> Iterator[str]:
         """Names of the recorded files that are not what their record says."""
-        entries = [entry for record in records for entry in self._entries(record)]
-        for number, (entry, fault) in enumerate(
-            zip(entries, self._pool.map(self._fault, entries), strict=True), 1
-        ):
+        entries = [(record, entry) for record in records for entry in self._entries(record)]
+        faults = self._pool.map(self._fault, [entry for _, entry in entries])
+        for number, ((record, entry), fault) in enumerate(zip(entries, faults, strict=True), 1):
             self._files += 1
             self._bytes += entry.size
             self._report(number, len(entries), "files")
             if fault is not None:
+                self._damaged.add(record.name)
                 yield self._find(entry.path, fault)
 
     def _entries(self, record: Record) -> Iterable[FileEntry]:
@@ -215,8 +219,9 @@ class _Check:
             zip(done, self._pool.map(partial(_sample_fault, reader, damaged), done), strict=True), 1
         ):
             self._samples += 1
-            self._report(number, len(done), f"values of {record.split}-{record.partition:06d}")
+            self._report(number, len(done), f"values of {record.name}")
             if fault is not None:
+                self._damaged.add(record.name)
                 self._find(f"sample {reader.ids[sample]!r} of {record.split}", fault)
 
     def _find(self, where: str, reason: str) -> str:
