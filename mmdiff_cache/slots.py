@@ -33,10 +33,10 @@ class BatchSlots:
             slot = self._free.pop()
         except IndexError:
             slot = np.empty(self._batch_size * math.prod(self._sample), np.float16)
-        # All views keep `lent`, and not the slot, alive: NumPy follows bases only as far as a memoryview.
-        lent = np.frombuffer(slot.data, np.float16, math.prod(shape))
+        lent = slot[: math.prod(shape)].reshape(shape)
+        # The tensor's storage holds `lent`, and all that shares the memory holds the storage.
         weakref.finalize(lent, self._give_back, slot).atexit = False
-        return torch.from_numpy(lent.reshape(shape))
+        return torch.from_numpy(lent)
 
     def _give_back(self, slot: NDArray[np.float16]) -> None:
         """Called wherever the last reference goes, so it must not wait for a lock."""
