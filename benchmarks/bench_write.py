@@ -3,14 +3,16 @@
     python benchmarks/bench_write.py [--samples 6] [--rounds 7] [--out benchmarks/results/NAME.md]
 
 All ways write the same samples, a file each, in the same process, interleaved, on an otherwise idle machine.
+HDF5 takes part where h5py is installed.
 """
 
+import importlib
+import importlib.util
 import os
 import tempfile
-import time
 import tracemalloc
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,27 +20,31 @@ from typing import Any
 import numpy as np
 import zarr
 from numpy.typing import NDArray
-from rounds import command_line, features, interleaved, manifest, megabytes_a_second, ratios, surroundings
+from rounds import command_line, features, heading, interleaved, manifest, megabytes_a_second, publish, ratios
 from safetensors.numpy import save_file
 
 from mmdiff_cache.store.files import fsync_file
 from mmdiff_cache.store.metadata import split_files
 from mmdiff_cache.store.shard_writer import write_shard
 from mmdiff_cache.store.shards import ShardLayout, blosc, parse_layout
+from mmdiff_cache.store.threads import codec_pool
 
 BOUND, OURS, ZARR = "compression and one durable write (the bound)", "mmdiff-cache", "zarr-python, then fsync"
-TENSORS, ARRAYS = "safetensors, then fsync", "npy, then fsync"
-NOTES = {
-    BOUND: "neither checksum nor hash",
-    OURS: "crc32c, SHA-256",
-    ZARR: "crc32c",
-    TENSORS: "neither compression nor checksum",
-    ARRAYS: "neither compression nor checksum",
+TENSORS, ARRAYS, HDF5 = "safetensors, then fsync", "npy, then fsync", "HDF5, chunked, then fsync"
+PROMISES = {
+    BOUND: ("none", ""),
+    OURS: ("crc32c, SHA-256", "yes"),
+    ZARR: ("crc32c", "no: absent reads as fill"),
+    TENSORS: ("none", "no"),
+    ARRAYS: ("none", "no"),
+    HDF5: ("fletcher32", "no"),
 }
+"""Checksum of the values, and whether an interrupted run can go on from what is there."""
+h5py: Any = importlib.import_module("h5py") if importlib.util.find_spec("h5py") else None
 Write = Callable[[Path, NDArray[np.float16]], object]
 
 
-def bound(layout: ShardLayout, pool: ThreadPoolExecutor, path: Path, values: NDArray[np.float16]) -> None:
+def bound(layout: ShardLayout, pool: Executor, path: Path, values: NDArray[np.float16]) -> None:
     """All chunks compressed by threads, written in one go."""
 
     def packed(chunk: NDArray[np.float16]) -> bytes:
@@ -50,16 +56,17 @@ def bound(layout: ShardLayout, pool: ThreadPoolExecutor, path: Path, values: NDA
         os.fsync(file.fileno())
 
 
-def ours(layout: ShardLayout, pool: ThreadPoolExecutor, path: Path, values: NDArray[np.float16]) -> None:
+def ours(layout: ShardLayout, pool: Executor, path: Path, values: NDArray[np.float16]) -> None:
     """What the extraction does; a shard is written only where none is."""
     path.unlink(missing_ok=True)
     write_shard(path.parent, path.name, layout, values.reshape(layout.shard), pool)
 
 
-def through_zarr(array: "zarr.Array[Any]", path: Path, values: NDArray[np.float16]) -> None:
-    """The first sample of an array of our layout."""
+def through_zarr(array: "zarr.Array[Any]", shard: Path, path: Path, values: NDArray[np.float16]) -> None:
+    """The first sample of an array of our layout, made durable and put in its place."""
     array[0, 0] = values
-    fsync_file(path)
+    fsync_file(shard)
+    shard.replace(path)
 
 
 def then_fsync(save: Write, path: Path, values: NDArray[np.float16]) -> None:
@@ -68,7 +75,7 @@ def then_fsync(save: Write, path: Path, values: NDArray[np.float16]) -> None:
     fsync_file(path)
 
 
-def ways(folder: Path, grid: int, channels: int, pool: ThreadPoolExecutor) -> dict[str, Write]:
+def ways(folder: Path, grid: int, channels: int, pool: Executor) -> dict[str, Write]:
     """How each format writes one sample."""
     for name, data in split_files(manifest(1, grid, channels), "train").items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -82,12 +89,17 @@ def ways(folder: Path, grid: int, channels: int, pool: ThreadPoolExecutor) -> di
     def tensors(path: Path, values: NDArray[np.float16]) -> None:
         save_file({f"{t}.{x}": values[t, x] for t in range(4) for x in range(4)}, path)
 
+    def hdf5(path: Path, values: NDArray[np.float16]) -> None:
+        with h5py.File(path, "w") as file:
+            file.create_dataset("maps", data=values, chunks=(1, 1, *values.shape[2:]), fletcher32=True)
+
     return {
         BOUND: lambda path, values: bound(layout, pool, path, values),
         OURS: lambda path, values: ours(layout, pool, path, values),
-        ZARR: lambda path, values: through_zarr(array, shard, values),
+        ZARR: lambda path, values: through_zarr(array, shard, path, values),
         TENSORS: partial(then_fsync, tensors),
         ARRAYS: partial(then_fsync, lambda path, values: np.save(path, values)),
+        **({HDF5: partial(then_fsync, hdf5)} if h5py else {}),
     }
 
 
@@ -103,41 +115,32 @@ def peak_memory(work: Callable[[], object]) -> float:
 def main() -> None:
     """Read the command line, measure, print."""
     asked = command_line((__doc__ or "").splitlines()[0]).parse_args()
-    threads = os.cpu_count() or 1
     schema = manifest(1, asked.grid, asked.channels).schema
     samples = [features(schema, number) for number in range(asked.samples)]
-    with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(threads) as pool:
-        each = ways(Path(name), asked.grid, asked.channels, pool)
+    with tempfile.TemporaryDirectory() as name:
+        file = Path(name) / "0.npy"
+        each = ways(Path(name), asked.grid, asked.channels, codec_pool())
 
         def all_samples(write: Write) -> None:
             for number, values in enumerate(samples):
-                write(Path(name) / f"{number}.npy", values)
+                write(file.with_stem(str(number)), values)
 
         taken = interleaved({way: partial(all_samples, write) for way, write in each.items()}, asked.rounds)
-        memory = {
-            way: peak_memory(partial(write, Path(name) / "0.npy", samples[0])) for way, write in each.items()
-        }
-    raw = sum(values.nbytes for values in samples)
-    lines = [f"# Writing hidden states, {time.strftime('%Y-%m-%d')}", "", surroundings(threads), ""]
-    lines += [
-        f"{asked.samples} samples of 4 x 4 maps of {asked.grid} x {asked.grid} x {asked.channels} float16;"
-    ]
-    lines += [
-        f"{asked.rounds} interleaved rounds, median (interquartile range). Memory is what Python allocates"
-    ]
-    lines += [
-        "beyond the sample itself.",
-        "",
-        "| | MB/s | share of the bound | memory | |",
-        "|---|---|---|---|---|",
-    ]
+        memory: dict[str, float] = {}
+        disk: dict[str, int] = {}
+        for way, write in each.items():
+            memory[way] = peak_memory(partial(write, file, samples[0]))
+            disk[way] = file.stat().st_size
+    raw = samples[0].nbytes
+    lines = heading("Writing hidden states", asked)
+    lines += ["Memory is what Python allocates beyond the sample itself.", ""]
+    lines.append("| | MB/s | share of the bound | memory | on disk | checksum | resumable |")
+    lines.append("|---|---|---|---|---|---|---|")
     for way, seconds in taken.items():
-        share, speed = ratios(seconds, taken[BOUND]), megabytes_a_second(raw, seconds)
-        lines.append(f"| {way} | {speed} | {share} | {memory[way]:.0f} MiB | {NOTES[way]} |")
-    text = "\n".join(lines) + "\n"
-    print(text)
-    if asked.out:
-        asked.out.write_text(text)
+        share, speed = ratios(seconds, taken[BOUND]), megabytes_a_second(raw * asked.samples, seconds)
+        kept, (checksum, resumable) = f"{memory[way]:.0f} MiB | {disk[way] / raw:.2f} of raw", PROMISES[way]
+        lines.append(f"| {way} | {speed} | {share} | {kept} | {checksum} | {resumable} |")
+    publish(lines, asked.out)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """What the benchmarks share: feature-like data, interleaved rounds, and tables of ratios to a bound."""
 
 import argparse
+import os
 import platform
 import statistics
 import time
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from mmdiff_cache.records import STATISTICS, FeatureBatch, PreparedSample
 from mmdiff_cache.store.manifest import Manifest
 from mmdiff_cache.store.schema import StoreSchema
+from mmdiff_cache.store.threads import codec_threads
 
 SIDE = 32
 """Pixels of the pictures: they are not what is measured."""
@@ -26,7 +28,7 @@ def command_line(summary: str) -> argparse.ArgumentParser:
     parser.add_argument("--samples", type=int, default=6, help="of 101 MB each, at the default shape")
     parser.add_argument("--grid", type=int, default=32, help="tokens a side")
     parser.add_argument("--channels", type=int, default=3072)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=7, help="five or more give a usable spread")
     parser.add_argument("--out", type=Path, help="also write the table here")
     return parser
 
@@ -111,9 +113,23 @@ def megabytes_a_second(count: int, taken: list[float]) -> str:
     return f"{count / statistics.median(taken) / 1e6:,.0f}"
 
 
-def surroundings(threads: int) -> str:
-    """The machine and the versions, in one line."""
-    return (
-        f"{platform.machine()}, {threads} threads, Python {platform.python_version()}, "
-        f"zarr {zarr.__version__}, numcodecs {numcodecs.__version__}, page cache warm"
-    )
+def heading(title: str, asked: argparse.Namespace) -> list[str]:
+    """Title, machine, versions and size of what was measured, as lines of Markdown."""
+    return [
+        f"# {title}, {time.strftime('%Y-%m-%d')}",
+        "",
+        f"{platform.machine()}, {os.cpu_count()} cores, {codec_threads()} threads for ours and the bound, "
+        f"Python {platform.python_version()}, zarr {zarr.__version__}, numcodecs {numcodecs.__version__}, "
+        f"page cache warm. {asked.samples} samples of 4 x 4 maps of {asked.grid} x {asked.grid} x "
+        f"{asked.channels} float16; {asked.rounds} interleaved rounds, median (interquartile range).",
+        "",
+    ]
+
+
+def publish(lines: list[str], out: Path | None) -> None:
+    """Print the lines, and write them where that was asked."""
+    text = "\n".join(lines) + "\n"
+    print(text)
+    if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(text)

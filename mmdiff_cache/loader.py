@@ -5,14 +5,14 @@
     for batch in make_loader(data, batch_size=8): ...
 
 Only the (timestep, layer) chunks that are asked for are read. Batches are prefetched by threads of this
-process: reading and decompressing release the interpreter's lock, and no second process needs a copy of
-anything.
+process, into memory that is used over and over: reading and decompressing release the interpreter's lock, and
+no second process needs a copy of anything.
 """
 
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from mmdiff_cache.errors import ConfigError, StoreIncomplete
+from mmdiff_cache.slots import BatchSlots
 from mmdiff_cache.store.reader import SplitReader, Store, open_store
 from mmdiff_cache.store.schema import StoreSchema
 
@@ -83,12 +84,25 @@ def batches_per_epoch(count: int, batch_size: int, *, drop_last: bool) -> int:
 
 
 def batch_positions(
-    step: int, count: int, batch_size: int, *, seed: int, shuffle: bool, drop_last: bool
+    step: int,
+    count: int,
+    batch_size: int,
+    *,
+    seed: int,
+    shuffle: bool,
+    drop_last: bool,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> NDArray[np.int64]:
-    """The data set's positions that make up batch number `step`, counted from 0 over all epochs."""
-    epoch, number = divmod(step, batches_per_epoch(count, batch_size, drop_last=drop_last))
+    """The data set's positions that make up batch number `step`, counted from 0 over all epochs.
+
+    Of several ranks each takes every `world_size`-th of the `batch_size * world_size` samples of a step, so
+    that together they see what one process with a batch of that size would see.
+    """
+    together = batch_size * world_size
+    epoch, number = divmod(step, batches_per_epoch(count, together, drop_last=drop_last))
     order = sample_order(count, seed=seed, epoch=epoch) if shuffle else np.arange(count)
-    return order[number * batch_size : (number + 1) * batch_size]
+    return order[number * together : (number + 1) * together][rank::world_size]
 
 
 class SampleMemory:
@@ -178,11 +192,16 @@ class CachedFeatureDataset(Dataset[dict[str, Tensor]]):
             item["concepts"] = batch.concepts[0]
         return {**item, **{name: target[0] for name, target in batch.targets.items()}}
 
-    def batch(self, positions: Sequence[int] | NDArray[np.int64]) -> Batch:
-        """The samples at these positions of the data set (0 .. len - 1), read together."""
+    def batch(self, positions: Sequence[int] | NDArray[np.int64], slots: BatchSlots | None = None) -> Batch:
+        """The samples at these positions of the data set (0 .. len - 1), read together.
+
+        `slots`, from `slots`, is where the memory of the hidden states is taken from.
+        """
         samples = [self.indices[int(position)] for position in positions]
-        stacked = {name: torch.from_numpy(array) for name, array in self._arrays(samples).items()}
-        features = stacked["features"]
+        slot = None if slots is None else slots.take(len(samples))
+        arrays = self._arrays(samples, None if slot is None else slot.numpy())
+        stacked = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        features = stacked["features"] if slot is None else slot  # itself: torch knows that it is pinned
         if self.source != "hidden_states":
             features = features[:, None, None].expand(-1, 1, len(self.layers), -1, -1, -1)
         return Batch(
@@ -194,21 +213,35 @@ class CachedFeatureDataset(Dataset[dict[str, Tensor]]):
             ids=tuple(self.reader.ids[sample] for sample in samples),
         )
 
-    def _arrays(self, samples: Sequence[int]) -> Arrays:
-        """The arrays of a batch: what is held comes from memory, the rest in one read from the store."""
+    def slots(self, batch_size: int, kept: int) -> BatchSlots | None:
+        """Memory for batches of this data set; None where the features are not hidden states, but small."""
+        if self.source != "hidden_states":
+            return None
+        shape = (len(self.timesteps), len(self.layers), *self.reader.grid, self.reader.channels)
+        return BatchSlots(shape, batch_size, kept)
+
+    def _arrays(self, samples: Sequence[int], out: NDArray[np.float16] | None) -> Arrays:
+        """The arrays of a batch: what is held comes from memory, the rest in one read from the store.
+
+        The hidden states are put into `out`, where it is given.
+        """
         held = {sample: self.memory.get(sample) for sample in samples}
         missing = [sample for sample, row in held.items() if row is None]
-        read = self._read(missing) if missing else {}
+        whole = missing == list(samples)
+        read = self._read(missing, out if whole else None) if missing else {}
         fresh = {sample: {k: v[n] for k, v in read.items()} for n, sample in enumerate(missing)}
         for sample, row in fresh.items():
             self.memory.put(sample, row)
-        if missing == list(samples):
+        if whole:
             return read  # already a batch: no second copy
         rows = [held[sample] or fresh[sample] for sample in samples]
-        return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+        return {
+            name: np.stack([row[name] for row in rows], out=out if name == "features" else None)
+            for name in rows[0]
+        }
 
-    def _read(self, samples: Sequence[int]) -> Arrays:
-        arrays: Arrays = {"features": _FEATURES[self.source](self, samples)}
+    def _read(self, samples: Sequence[int], out: NDArray[np.float16] | None) -> Arrays:
+        arrays: Arrays = {"features": _FEATURES[self.source](self, samples, out)}
         if self.concepts is not None:
             scores = self.reader.concept_scores(self.concepts, samples, self.timesteps)
             arrays["concepts"] = concept_maps(scores, map_blocks(self.store.manifest.schema, self.concepts))
@@ -217,15 +250,17 @@ class CachedFeatureDataset(Dataset[dict[str, Tensor]]):
         return arrays
 
 
-def _hidden_states(dataset: CachedFeatureDataset, samples: Sequence[int]) -> NDArray[np.generic]:
-    return dataset.reader.hidden_states(samples, dataset.timesteps, dataset.layers)
+def _hidden_states(
+    dataset: CachedFeatureDataset, samples: Sequence[int], out: NDArray[np.float16] | None
+) -> NDArray[np.generic]:
+    return dataset.reader.hidden_states(samples, dataset.timesteps, dataset.layers, out=out)
 
 
-def _latents(dataset: CachedFeatureDataset, samples: Sequence[int]) -> NDArray[np.generic]:
+def _latents(dataset: CachedFeatureDataset, samples: Sequence[int], _: object) -> NDArray[np.generic]:
     return dataset.reader.latents(samples)
 
 
-def _images(dataset: CachedFeatureDataset, samples: Sequence[int]) -> NDArray[np.generic]:
+def _images(dataset: CachedFeatureDataset, samples: Sequence[int], _: object) -> NDArray[np.generic]:
     return picture_values(dataset.reader.images(samples))
 
 
@@ -234,7 +269,10 @@ def picture_values(images: NDArray[np.uint8]) -> NDArray[np.float32]:
     return images.astype(np.float32) / np.float32(127.5) - np.float32(1)
 
 
-_FEATURES: Mapping[Source, Callable[[CachedFeatureDataset, Sequence[int]], NDArray[np.generic]]] = {
+_FEATURES: Mapping[
+    Source,
+    Callable[[CachedFeatureDataset, Sequence[int], NDArray[np.float16] | None], NDArray[np.generic]],
+] = {
     "hidden_states": _hidden_states,
     "latents": _latents,
     "images": _images,
@@ -284,26 +322,55 @@ def make_loader(
     steps: int | None = None,
     threads: int = PREFETCH_THREADS,
     ahead: int = BATCHES_AHEAD,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> Iterator[Batch]:
     """Batches number `start` to `start + steps`, counted over all epochs; by default to the end of an epoch.
 
     Each epoch is a true shuffle of the whole split, given by (seed, epoch) alone, so that a training that
     goes on at step n sees what it would have seen. At most `ahead` batches wait in memory while `threads`
-    threads read on.
+    threads read on; see BatchSlots for how memory is used again.
+
+    `batch_size` is that of one rank. The ranks divide each epoch among them, no sample lost or seen twice,
+    and all count the same steps; in a short last batch, which `drop_last` leaves out, a rank may have fewer
+    samples or, without any, no batch. Raises ConfigError for a rank that is none, or more ranks than
+    samples.
     """
-    per_epoch = batches_per_epoch(len(dataset), batch_size, drop_last=drop_last)
+    count, together = len(dataset), batch_size * world_size
+    if not 0 <= rank < world_size <= count:
+        raise ConfigError(
+            f"rank must be 0 to world_size - 1, and world_size at most the {count} samples, "
+            f"got rank {rank} of {world_size}"
+        )
+    per_epoch = batches_per_epoch(count, together, drop_last=drop_last)
     stop = start + (per_epoch - start % per_epoch if steps is None else steps)
+    mine = (step for step in range(start, stop) if step % per_epoch * together + rank < count)
+    slots = dataset.slots(batch_size, kept=ahead + 2)
 
     def load(step: int) -> Batch:
         positions = batch_positions(
-            step, len(dataset), batch_size, seed=seed, shuffle=shuffle, drop_last=drop_last
+            step,
+            count,
+            batch_size,
+            seed=seed,
+            shuffle=shuffle,
+            drop_last=drop_last,
+            rank=rank,
+            world_size=world_size,
         )
-        return dataset.batch(positions)
+        return dataset.batch(positions, slots)
 
+    return _prefetched(load, mine, threads, ahead)
+
+
+def _prefetched(
+    load: Callable[[int], Batch], steps: Iterable[int], threads: int, ahead: int
+) -> Iterator[Batch]:
+    """Load batches in other threads, up to `ahead` of the one that is asked for."""
     waiting: deque[Future[Batch]] = deque()
     with ThreadPoolExecutor(threads, thread_name_prefix="mmdiff-loader") as pool:
         try:
-            for step in range(start, stop):
+            for step in steps:
                 waiting.append(pool.submit(load, step))
                 if len(waiting) > ahead:
                     yield waiting.popleft().result()

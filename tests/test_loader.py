@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from mmdiff_cache.errors import ConfigError, DamageError, StoreIncomplete
@@ -16,6 +18,7 @@ from mmdiff_cache.loader import (
     CachedFeatureDataset,
     SampleMemory,
     batch_positions,
+    batches_per_epoch,
     make_loader,
     sample_order,
 )
@@ -161,6 +164,84 @@ def test_the_order_depends_on_nothing_but_seed_and_epoch(learnable_store: Path) 
     assert all(len(batch) == 5 for batch in whole)
 
 
+@given(
+    count=st.integers(1, 40),
+    batch_size=st.integers(1, 6),
+    world_size=st.integers(1, 5),
+    epoch=st.integers(0, 3),
+    drop_last=st.booleans(),
+)
+@settings(deadline=None)
+def test_ranks_divide_what_one_process_would_see(
+    count: int, batch_size: int, world_size: int, epoch: int, drop_last: bool
+) -> None:
+    together = batch_size * world_size
+    per_epoch = batches_per_epoch(count, together, drop_last=drop_last)
+    seen: list[int] = []
+    for step in range(epoch * per_epoch, (epoch + 1) * per_epoch):
+        how = {"seed": 1, "shuffle": True, "drop_last": drop_last}
+        alone = batch_positions(step, count, together, **how).tolist()
+        shares = [
+            batch_positions(step, count, batch_size, **how, rank=rank, world_size=world_size).tolist()
+            for rank in range(world_size)
+        ]
+        assert sorted(chain.from_iterable(shares)) == sorted(alone)
+        assert all(len(share) <= batch_size for share in shares)
+        if drop_last and count >= together:
+            assert {len(share) for share in shares} == {batch_size}
+        seen += alone
+    assert len(set(seen)) == len(seen)
+    if not drop_last:
+        assert sorted(seen) == list(range(count))
+
+
+def test_each_rank_loads_its_share_and_goes_on_in_mid_epoch(learnable_store: Path) -> None:
+    """16 samples, 3 ranks, 2 a batch: two full steps of 6, then 4 samples for ranks 0 to 2."""
+    data = CachedFeatureDataset(learnable_store, layers=LAYERS[:1], timesteps=TIMESTEPS[:1])
+    ranks = [positions(list(make_loader(data, 2, seed=3, rank=rank, world_size=3))) for rank in range(3)]
+    assert [[len(batch) for batch in rank] for rank in ranks] == [[2, 2, 2], [2, 2, 1], [2, 2, 1]]
+    assert sorted(chain.from_iterable(chain.from_iterable(ranks))) == list(range(16))
+    rest = make_loader(data, 2, seed=3, rank=1, world_size=3, start=1, steps=3)
+    next_epoch = make_loader(data, 2, seed=3, rank=1, world_size=3, start=3)
+    assert positions(list(rest)) == [*ranks[1][1:], positions(list(next_epoch))[0]]
+
+
+def test_a_rank_without_a_sample_gets_no_batch(learnable_store: Path) -> None:
+    data = CachedFeatureDataset(learnable_store, indices=range(7), layers=LAYERS[:1], timesteps=TIMESTEPS[:1])
+    sizes = [
+        [len(batch.ids) for batch in make_loader(data, 2, rank=rank, world_size=3, steps=4)]
+        for rank in range(3)
+    ]
+    assert sizes == [[2, 1, 2, 1], [2, 2], [2, 2]]
+
+
+@pytest.mark.parametrize(("rank", "world_size"), [(1, 1), (-1, 2), (0, 0), (0, 17)])
+def test_a_rank_that_is_none_is_refused(learnable_store: Path, rank: int, world_size: int) -> None:
+    data = CachedFeatureDataset(learnable_store)
+    with pytest.raises(ConfigError, match=f"got rank {rank} of {world_size}"):
+        make_loader(data, 2, rank=rank, world_size=world_size)
+
+
+@pytest.mark.parametrize("memory", [0, 3000, 1 << 24])
+def test_batches_that_are_held_keep_their_values(learnable_store: Path, memory: int) -> None:
+    """Whether they come from the store, from held samples or from both, in any epoch."""
+    data = CachedFeatureDataset(learnable_store, memory=memory)
+    fresh = CachedFeatureDataset(learnable_store)
+    batches = list(make_loader(data, 3, seed=5, steps=14))
+    for batch in batches:
+        expected = fresh.reader.hidden_states(batch.indices.tolist())
+        np.testing.assert_array_equal(batch.hidden_states, expected)
+
+
+def test_a_pass_takes_memory_for_a_few_batches_only(learnable_store: Path) -> None:
+    data = CachedFeatureDataset(learnable_store, layers=LAYERS[:1])
+    places = {
+        batch.hidden_states.untyped_storage().data_ptr()
+        for batch in make_loader(data, 1, steps=40, threads=2, ahead=2)
+    }
+    assert len(places) <= 2 + 3
+
+
 def test_order_is_frozen() -> None:
     """Checkpoints of today must go on tomorrow with the same order."""
     assert sample_order(10, seed=0, epoch=0).tolist() == [0, 7, 8, 6, 9, 5, 1, 3, 2, 4]
@@ -178,9 +259,9 @@ class Counting(CachedFeatureDataset):
 
     asked = 0
 
-    def batch(self, positions):  # type: ignore[no-untyped-def]
+    def batch(self, positions, slots=None):  # type: ignore[no-untyped-def]
         self.asked += 1
-        return super().batch(positions)
+        return super().batch(positions, slots)
 
 
 def test_prefetching_is_bounded_and_stops_with_the_reader(learnable_store: Path) -> None:

@@ -8,9 +8,8 @@ import os
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, wait
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
-from threading import Lock
 from types import TracebackType
 from typing import Any
 
@@ -23,11 +22,14 @@ from .evidence import Evidence
 from .shards import EMPTY, ShardLayout, decode_chunk, decode_index
 from .threads import codec_pool
 
-INDEXES_KEPT = 4096
+INDEX_BYTES = 4 * 1024**2
+"""Indexes that are kept; those of sixteen maps a shard have 256 bytes each."""
 SHARDS_OPEN = 64
 
 Wanted = tuple[int, NDArray[Any]]
 """Number of a chunk in its shard, and where its values go."""
+Stamp = tuple[int, int, int]
+"""What tells one file from another that took its name: inode, bytes, time of the last change."""
 
 
 class ChunkReader:
@@ -35,8 +37,7 @@ class ChunkReader:
 
     def __init__(self, root: Path, evidence: Evidence) -> None:
         self._root, self._evidence = root, evidence
-        self._indexes: OrderedDict[str, NDArray[np.uint64]] = OrderedDict()
-        self._lock = Lock()
+        self._indexes: OrderedDict[str, tuple[Stamp, NDArray[np.uint64]]] = OrderedDict()
 
     def read(self, layout: ShardLayout, wanted: Sequence[tuple[str, Sequence[Wanted]]]) -> None:
         """Fill every target from its chunk; `wanted` goes by file, named from the store's folder.
@@ -54,30 +55,34 @@ class ChunkReader:
                 for name, chunks in wanted:
                     shard = files.enter_context(self._open(name, layout))
                     futures += [pool.submit(shard.read, number, target) for number, target in chunks]
+                for future in futures:
+                    future.result()
             finally:
-                wait(futures)  # nothing may be closed under a task that reads
-        for future in futures:
-            future.result()
+                for future in futures:
+                    future.cancel()
+                wait(futures)  # no file may be closed, and no target given back, under a task that reads
 
     def _open(self, name: str, layout: ShardLayout) -> "_OpenShard":
         self._evidence.check_file(name)
         shard = _OpenShard(self._root / name, layout)
         try:
-            places = self._indexes.get(name)
-            if places is None:
-                places = shard.read_index()
-                self._keep(name, places)
+            shard.places = self._places(name, shard)
         except BaseException:
             shard.close()
             raise
-        shard.places = places
         return shard
 
-    def _keep(self, name: str, places: NDArray[np.uint64]) -> None:
-        with self._lock:
-            self._indexes[name] = places
-            while len(self._indexes) > INDEXES_KEPT:
+    def _places(self, name: str, shard: "_OpenShard") -> NDArray[np.uint64]:
+        """The index of a shard, kept as long as the file is the same: one written anew may have another."""
+        stamp = shard.stamp()
+        known, places = self._indexes.get(name, (None, None))
+        if places is None or known != stamp:
+            places = shard.read_index()
+            self._indexes[name] = stamp, places
+        while len(self._indexes) > max(1, INDEX_BYTES // places.nbytes):
+            with suppress(KeyError):  # another thread was quicker; a lock would not survive a fork
                 self._indexes.popitem(last=False)
+        return places
 
 
 class _OpenShard:
@@ -90,6 +95,11 @@ class _OpenShard:
             self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             raise self._unreadable(error) from error
+
+    def stamp(self) -> Stamp:
+        """Which file this is."""
+        status = os.fstat(self._descriptor)
+        return status.st_ino, status.st_size, status.st_mtime_ns
 
     def read_index(self) -> NDArray[np.uint64]:
         """Where the chunks lie, [chunk, 2]."""

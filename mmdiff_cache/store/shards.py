@@ -108,11 +108,11 @@ def encode_chunk(layout: ShardLayout, values: NDArray[Any]) -> bytes:
 
 def decode_chunk(layout: ShardLayout, data: bytes, out: NDArray[Any]) -> None:
     """Decode one chunk into `out`, contiguous and as large as one. Raises ValueError for damaged bytes."""
-    packed, checksum = data[:-CHECKSUM_BYTES], data[-CHECKSUM_BYTES:]
-    if _checksum(packed) != checksum:
+    packed = np.frombuffer(data, np.uint8)[:-CHECKSUM_BYTES]  # a view: a slice of bytes would be a copy
+    if len(packed) < _BLOSC_HEADER or _checksum(packed) != data[-CHECKSUM_BYTES:]:
         raise ValueError("the checksum of a chunk is wrong")
-    sizes = np.frombuffer(packed[:_BLOSC_HEADER].ljust(_BLOSC_HEADER, b"\0"), "<u4")
-    if int(sizes[1]) != out.nbytes or int(sizes[3]) != len(packed):
+    _, values, _, size = (int(number) for number in packed[:_BLOSC_HEADER].view("<u4"))
+    if (values, size) != (out.nbytes, len(packed)):
         raise ValueError("a chunk does not have the size that its array states")
     blosc.decompress(packed, out)
 
@@ -139,5 +139,5 @@ def decode_index(layout: ShardLayout, data: bytes, file_bytes: int) -> NDArray[n
     return places
 
 
-def _checksum(data: bytes) -> bytes:
+def _checksum(data: "bytes | NDArray[np.uint8]") -> bytes:
     return google_crc32c.value(data).to_bytes(CHECKSUM_BYTES, "little")

@@ -283,7 +283,7 @@ class SplitReader:
         """How an array's shards can be read without zarr; None where its metadata says something unknown."""
         if path not in self._layouts:
             spec = self._specs[path]
-            found = parse_layout((self.path / path / "zarr.json").read_bytes())
+            found = parse_layout(self._metadata(path))
             fits = found is not None and (found.shard, found.chunk, found.dtype) == (
                 spec.shard,
                 spec.chunk,
@@ -291,6 +291,13 @@ class SplitReader:
             )
             self._layouts[path] = found if fits else None
         return self._layouts[path]
+
+    def _metadata(self, path: str) -> bytes:
+        file = self.path / path / "zarr.json"
+        try:
+            return file.read_bytes()
+        except OSError as error:
+            raise StorageError(f"cannot read {file}: {error.strerror or error}") from error
 
     @contextmanager
     def _reading(self, path: str, position: tuple[int, ...]) -> Generator["zarr.Array[Any]"]:
@@ -321,6 +328,8 @@ def _target(out: NDArray[Any] | None, shape: tuple[int, ...], dtype: "np.dtype[A
         return np.empty(shape, dtype)
     if out.shape != shape or out.dtype != dtype:
         raise ConfigError(f"out must be {dtype} {list(shape)}, got {out.dtype} {list(out.shape)}")
+    if not out.flags.writeable:  # Blosc writes without asking
+        raise ConfigError("out must be an array that can be written, got one that is read-only")
     return out
 
 

@@ -11,6 +11,11 @@ from functools import cache
 MOST = 8
 
 
+def codec_threads() -> int:
+    """How many threads the pool has: while one of two on a core waits for the disk, the other decodes."""
+    return min(MOST, 2 * (os.cpu_count() or 1))
+
+
 def codec_pool() -> ThreadPoolExecutor:
     """The pool of this process. Tasks in it must not wait for other tasks in it."""
     return _pool(os.getpid())
@@ -18,5 +23,4 @@ def codec_pool() -> ThreadPoolExecutor:
 
 @cache
 def _pool(process: int) -> ThreadPoolExecutor:
-    # More threads than cores: while one waits for the disk another one decodes.
-    return ThreadPoolExecutor(min(MOST, 2 * (os.cpu_count() or 1)), f"mmdiff-codec-{process}")
+    return ThreadPoolExecutor(codec_threads(), f"mmdiff-codec-{process}")
