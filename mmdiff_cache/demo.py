@@ -35,7 +35,7 @@ TASKS: Final = ("segmentation", "saliency", "depth")
 SPLITS: Final = ("train", "test")
 SAMPLES: Final = 160
 """Of each split: as many as fit into ten minutes on two cores with the passes below."""
-PASSES: Final = 12
+PASSES: Final = 10
 """Times that each training sample is seen."""
 BATCH_SIZE: Final = 8
 LEARNING_RATE: Final = 3e-3
