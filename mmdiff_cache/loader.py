@@ -27,8 +27,8 @@ from torch.utils.data import Dataset
 
 from mmdiff_cache.errors import ConfigError, StoreIncomplete
 from mmdiff_cache.slots import BatchSlots
+from mmdiff_cache.store.concepts import concept_maps, map_blocks
 from mmdiff_cache.store.reader import SplitReader, Store, open_store
-from mmdiff_cache.store.schema import StoreSchema
 
 _logger = logging.getLogger(__name__)
 
@@ -59,17 +59,6 @@ class Batch:
     indices: Int64[Tensor, " B"]
     """Positions of the samples in the split of the store."""
     ids: tuple[str, ...]
-
-
-def concept_maps(scores: NDArray[np.float32], blocks: Sequence[int]) -> NDArray[np.float32]:
-    """Raw scores [B T block K h w] to maps [B K h w]: softmax over concepts, mean over blocks and timesteps.
-
-    `blocks` are positions on the block axis. Paper: Sec. 3.2, Eq. 4.
-    """
-    chosen = scores[:, :, list(blocks)]
-    powers = np.exp(chosen - chosen.max(axis=3, keepdims=True))
-    shares = powers / powers.sum(axis=3, keepdims=True)
-    return shares.mean(axis=(1, 2), dtype=np.float32)
 
 
 def sample_order(count: int, *, seed: int, epoch: int) -> NDArray[np.int64]:
@@ -282,12 +271,6 @@ _FEATURES: Mapping[
 def _target(label: Tensor) -> Tensor:
     """Ids as int64, which losses index with; metres stay float32."""
     return label if label.is_floating_point() else label.long()
-
-
-def map_blocks(schema: StoreSchema, vocabulary: str) -> list[int]:
-    """Positions, on the block axis, of the double blocks that a store's maps average."""
-    stored = next(v for v in schema.vocabularies if v.name == vocabulary)
-    return [stored.blocks.index(block) for block in stored.map_blocks or stored.blocks]
 
 
 def usable_samples(reader: SplitReader, samples: Sequence[int]) -> tuple[int, ...]:

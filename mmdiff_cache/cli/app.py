@@ -72,7 +72,7 @@ for command in (
     app.command(rich_help_panel=EVERYDAY)(_interruptible(command))
 
 STORE = "Store"
-for command in (store_commands.verify, store_commands.repair):
+for command in (store_commands.verify, store_commands.repair, store_commands.convert):
     app.command(rich_help_panel=STORE)(_interruptible(command))
 
 

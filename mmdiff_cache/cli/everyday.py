@@ -30,7 +30,10 @@ Timesteps = Annotated[
     str | None, typer.Option(metavar="T,T", help="Noise levels in [0, 1]; 1 is pure noise.")
 ]
 BatchSize = Annotated[int | None, typer.Option(help="Samples at once.")]
-Limit = Annotated[int | None, typer.Option(metavar="N", help="Only the first N samples of every split.")]
+Limit = Annotated[
+    int | None, typer.Option(metavar="N", min=1, help="Only the first N samples of every split.")
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 MovedStore = Annotated[Path | None, typer.Option(help="Where the run's store lies now, if it was moved.")]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="The folder that 'train' wrote.")]
@@ -75,7 +78,10 @@ def extract(
     limit: Limit = None,
     config: ConfigFile = None,
     set_: Assignments = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
+    append: Annotated[
+        bool, typer.Option("--append", help="Add samples that the store was not planned with.")
+    ] = False,
+    dry_run: DryRun = False,
 ) -> None:
     """Stage one: run the backbone once over a data set and keep its features. Safe to stop and run again."""
     import mmdiff_cache as mm
@@ -99,7 +105,7 @@ def extract(
     if dry_run:
         return
     with progress_bar("extract") as advance:
-        written = mm.extract(plan, progress=advance)
+        written = mm.extract(plan, progress=advance, append=append)
     say(f"\n{written}")
     labels = written[written.splits[0]].label_specs
     if labels:

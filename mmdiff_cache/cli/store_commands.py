@@ -3,12 +3,15 @@ next.
 """
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
 import typer
 
+from mmdiff_cache.cli.configuration import parse_list, parse_numbers
 from mmdiff_cache.cli.console import next_command, print_json, progress_bar, say
-from mmdiff_cache.cli.everyday import AsJson
+from mmdiff_cache.cli.everyday import AsJson, DryRun, Layers, Limit, Timesteps
+from mmdiff_cache.config import Codec
+from mmdiff_cache.errors import ConfigError
 
 DAMAGED = 1
 StoreFolder = Annotated[Path, typer.Argument(metavar="STORE", help="Folder of a store.")]
@@ -16,9 +19,7 @@ StoreFolder = Annotated[Path, typer.Argument(metavar="STORE", help="Folder of a 
 
 def verify(
     store: StoreFolder,
-    limit: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Only the first N samples of every split.")
-    ] = None,
+    limit: Limit = None,
     as_json: AsJson = False,
 ) -> None:
     """Check every byte and every value of a store against its records. Exit code 1: something is damaged."""
@@ -48,3 +49,42 @@ def repair(store: StoreFolder) -> None:
     if not found.sound:
         raise typer.Exit(DAMAGED)
     next_command("mmdiff-cache", "inspect", str(store))
+
+
+def convert(
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="Folder of a store.")],
+    target: Annotated[Path, typer.Argument(metavar="DST", help="Folder of the store to write.")],
+    split: Annotated[list[str] | None, typer.Option(help="A split to keep; may be repeated.")] = None,
+    layers: Layers = None,
+    timesteps: Timesteps = None,
+    variants: Annotated[
+        str | None, typer.Option(metavar="N,N", help="Variants to keep, by position from 0.")
+    ] = None,
+    limit: Limit = None,
+    codec: Annotated[
+        str | None, typer.Option(help=f"One of {', '.join(get_args(Codec))}; int8 is lossy, about 1 %.")
+    ] = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Make another store from one that is there, without the backbone: less of it, or encoded otherwise."""
+    from mmdiff_cache.store import convert as conversion
+
+    chosen = next((name for name in get_args(Codec) if name == codec), None)
+    if codec is not None and chosen is None:
+        raise ConfigError(f"codec must be one of {', '.join(get_args(Codec))}, got {codec!r}")
+    selection = conversion.Selection(
+        splits=split,
+        layers=parse_list(layers),
+        timesteps=parse_numbers("--timesteps", timesteps),
+        variants=[int(number) for number in parse_numbers("--variants", variants) or ()] or None,
+        limit=limit,
+        codec=chosen,
+    )
+    plan = conversion.plan_conversion(source, target, selection)
+    say(str(plan))
+    if dry_run:
+        return
+    with progress_bar("convert") as advance:
+        store = conversion.convert(plan, advance)
+    say(f"\n{store}")
+    next_command("mmdiff-cache", "inspect", str(target))

@@ -10,6 +10,7 @@ from mmdiff_cache.backbones.weights import hash_weights, locate
 from mmdiff_cache.datasets.transforms import FIT
 from mmdiff_cache.extraction.plan import ExtractionPlan
 from mmdiff_cache.store.manifest import Manifest
+from mmdiff_cache.store.quantise import stored_as
 
 PACKAGES = ("mmdiff-cache", "torch", "diffusers", "transformers", "numpy", "pillow", "zarr", "numcodecs")
 """Their versions may change features, pictures or bytes by rounding."""
@@ -36,6 +37,7 @@ def build_manifest(plan: ExtractionPlan) -> Manifest:
             "prompts": plan.prompts.identity,
             "guidance": config.guidance,
             "text_length": config.text_length,
+            **stored_as(config.codec),
         },
         schema=plan.schema,
         splits=plan.samples,

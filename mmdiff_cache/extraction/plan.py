@@ -3,7 +3,7 @@
 import math
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from mmdiff_cache.config import ExtractConfig, data_folder, filled
 from mmdiff_cache.datasets.base import Dataset
 from mmdiff_cache.datasets.prompts import ORACLE, PromptRule, open_prompts
 from mmdiff_cache.datasets.registry import DatasetEntry, find_dataset
-from mmdiff_cache.errors import ConfigError, StorageRefused
+from mmdiff_cache.errors import ConfigError, DataError, StorageRefused
 from mmdiff_cache.extraction.cost import Cost, estimate
 from mmdiff_cache.store.manifest import MANIFEST, read_manifest
 from mmdiff_cache.store.records import record_path
@@ -42,7 +42,9 @@ class ExtractionPlan:
     dataset: Dataset
     prompts: PromptRule
     samples: Mapping[str, tuple[str, ...]]
-    """Ordered sample ids of every split."""
+    """Ordered sample ids of every split: those that the store has, in its order, then new ones."""
+    positions: Mapping[str, tuple[int, ...]]
+    """Where each of them is in the data set."""
     schema: StoreSchema
     done: int
     """Samples of the plan that are in the store already, as far as its records say."""
@@ -103,27 +105,31 @@ def resolve(config: ExtractConfig) -> ExtractConfig:
     )
 
 
-def plan(config: ExtractConfig) -> ExtractionPlan:
+def plan(config: ExtractConfig, samples: Mapping[str, Sequence[str]] | None = None) -> ExtractionPlan:
     """Work out a run: samples, arrays, bytes, files, time, free disk. Reads no weights, writes nothing.
 
-    Raises ConfigError for a choice that cannot be, DataError for a data set that cannot be used.
+    `samples` are the ids of every split, where it is known which are wanted (repair). Raises ConfigError
+    for a choice that cannot be, DataError for a data set that cannot be used.
     """
     config = resolve(config)
     entry, info = find_dataset(config.dataset), describe(filled(config.backbone))
     dataset = entry.open(config.data_root, filled(config.resolution))
     prompts = open_prompts(config.prompts, entry.prompt_kinds)
-    samples = {split: tuple(dataset.sample_ids(split)[: config.limit]) for split in filled(config.splits)}
-    for ids in samples.values():
-        prompts.check(ids)
+    positions = _positions(config, dataset, samples)
+    ids = {split: dataset.sample_ids(split) for split in positions}
+    chosen = {split: tuple(ids[split][n] for n in where) for split, where in positions.items()}
+    for names in chosen.values():
+        prompts.check(names)
     schema = _schema(config, info, dataset)
-    counts = [len(ids) for ids in samples.values()]
-    done = _count_done(Path(filled(config.store)), samples)
+    counts = [len(names) for names in chosen.values()]
+    done = _count_done(Path(filled(config.store)), chosen)
     return ExtractionPlan(
         config=config,
         backbone=info,
         dataset=dataset,
         prompts=prompts,
-        samples=samples,
+        samples=chosen,
+        positions=positions,
         schema=schema,
         done=done,
         raw_bytes=sum(raw_bytes(schema, count) for count in counts),
@@ -183,6 +189,32 @@ def _batching(config: ExtractConfig, tokens: int) -> tuple[int, int]:
     if config.batch_size is None:
         batch = next(size for size in range(batch, 0, -1) if partition % size == 0)
     return batch, partition
+
+
+def _positions(
+    config: ExtractConfig, dataset: Dataset, samples: Mapping[str, Sequence[str]] | None
+) -> dict[str, tuple[int, ...]]:
+    """Which samples of the data set are wanted, and in which order, by split."""
+    root = Path(filled(config.store))
+    stored = read_manifest(root).splits if (root / MANIFEST).exists() else {}
+    found: dict[str, tuple[int, ...]] = {}
+    for split in filled(config.splits):
+        place = {sample_id: n for n, sample_id in enumerate(dataset.sample_ids(split))}
+        if samples is None:
+            kept = stored.get(split, ())[: config.limit]
+            same = any(sample_id in place for sample_id in kept)  # else it is another data set's store
+            wanted = list(dict.fromkeys([*(kept if same else ()), *place]))[: config.limit]
+        else:
+            wanted = samples.get(split, ())
+        gone = next((sample_id for sample_id in wanted if sample_id not in place), None)
+        if gone is not None:
+            raise DataError(
+                f"sample {gone!r} of {root} is no longer in split {split} of the data set; bring it back, or "
+                "choose another --store"
+            )
+        if wanted:
+            found[split] = tuple(place[sample_id] for sample_id in wanted)
+    return found
 
 
 def _count_done(store: Path, samples: Mapping[str, tuple[str, ...]]) -> int:

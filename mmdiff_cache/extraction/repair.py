@@ -42,7 +42,7 @@ def repair(path: str | os.PathLike[str], progress: Progress | None = None) -> Ve
         ) from error
     _rewrite_metadata(root, manifest)
     config = replace(ExtractConfig.from_json(manifest.config), store=str(root))
-    extract(plan(config), progress, redo=found.partitions)
+    extract(plan(config, manifest.splits), progress, redo=found.partitions)
     return verify(root, progress=progress)
 
 

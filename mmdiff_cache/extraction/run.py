@@ -30,6 +30,7 @@ def extract(
     plan: ExtractionPlan | ExtractConfig,
     progress: Progress | None = None,
     *,
+    append: bool = False,
     redo: Collection[str] = (),
 ) -> Store:
     """Run the backbone over the planned samples and return their store. Safe to run again, and to interrupt.
@@ -37,7 +38,8 @@ def extract(
     Finished partitions are kept and skipped; the backbone is loaded only when something is left to do.
     Samples that could not be used are in the store as failed, each with its reason; the run goes on past
     them, and a later one tries them again if their files can be read by then. An interruption loses at most
-    the partition it fell into. `redo` names partitions to extract again although they are recorded, as
+    the partition it fell into. With `append`, samples that the store was not planned with are added to it.
+    `redo` names partitions to extract again although they are recorded, as
     repair asks. `progress` is called with samples done, all samples, and the speed.
 
     Raises DataError when a source changed since it was extracted, StorageError when the disk is too small or
@@ -48,7 +50,7 @@ def extract(
         plan = make_plan(plan)
     check_disk(plan)
     manifest = build_manifest(plan)
-    with open_writer(plan.store, manifest) as writer, _log_file(plan.store):
+    with open_writer(plan.store, manifest, append=append) as writer, _log_file(plan.store):
         pending = [partition for split in plan.samples for partition in writer.pending(split)]
         before = open_store(plan.store)
         check_unchanged(plan, before)

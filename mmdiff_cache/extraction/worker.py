@@ -61,7 +61,7 @@ def load_batch(plan: ExtractionPlan, split: str, indices: Sequence[int]) -> list
 
 def _load(plan: ExtractionPlan, split: str, index: int) -> Loaded:
     try:
-        sample = plan.dataset.load(split, index)
+        sample = plan.dataset.load(split, plan.positions[split][index])
         return prepare(sample, filled(plan.config.resolution), plan.prompts.prompt(sample))
     except DataError as error:
         return Unusable(sample_id=plan.samples[split][index], reason=f"{UNREADABLE}{error}")

@@ -28,9 +28,11 @@ from mmdiff_cache.errors import BackboneError, DataError
 from mmdiff_cache.extraction.extractor import Extractor, failures
 from mmdiff_cache.extraction.run import load_extractor
 from mmdiff_cache.inference.output import Prediction, write_predictions
-from mmdiff_cache.loader import NO_CONCEPTS, Batch, concept_maps, map_blocks, picture_values
+from mmdiff_cache.loader import NO_CONCEPTS, Batch, picture_values
 from mmdiff_cache.records import FeatureBatch, LabelSpec, PreparedSample, Progress, Sample
+from mmdiff_cache.store.concepts import concept_maps, map_blocks
 from mmdiff_cache.store.manifest import Manifest
+from mmdiff_cache.store.quantise import round_trip
 from mmdiff_cache.tasks import find_task
 from mmdiff_cache.training.build import Model
 from mmdiff_cache.training.run import Run, device_of, kept_manifest, load_run, model_for_run
@@ -147,7 +149,8 @@ class TrainedModel:
     ) -> NDArray[np.generic]:
         """What the run's source gives the model, [B T L h w C]."""
         if self.config.source == "hidden_states":
-            return features.hidden_states[: len(samples), 0][:, steps]
+            maps16 = features.hidden_states[: len(samples), 0][:, steps]
+            return round_trip(maps16) if self.manifest.schema.codec == "int8" else maps16
         if self.config.source == "latents":
             maps: NDArray[np.generic] = features.latents[: len(samples)]
         else:

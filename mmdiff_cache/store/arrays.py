@@ -52,6 +52,7 @@ def arrays(schema: "StoreSchema", samples: int) -> tuple[ArraySpec, ...]:
     return (
         *_coordinates(schema),
         hidden_states(schema, samples),
+        *_scales(schema, samples),
         *_sample_arrays(schema, samples),
         *(spec for words in schema.vocabularies for spec in _concept_arrays(schema, words, samples)),
         *(spec for label in schema.labels for spec in _label_arrays(schema, label, samples)),
@@ -61,22 +62,36 @@ def arrays(schema: "StoreSchema", samples: int) -> tuple[ArraySpec, ...]:
 def hidden_states(schema: "StoreSchema", samples: int) -> ArraySpec:
     """The one large array: a chunk is one map, a shard is one (sample, variant)."""
     steps, layers = len(schema.timesteps), len(schema.layers)
-    one_map = (*schema.grid, schema.channels)
+    one_map, whole = (*schema.grid, schema.channels), schema.codec != "int8"
+    note = "outputs of transformer blocks, image tokens only, neither projected nor normalised"
     return ArraySpec(
         path="hidden_states",
-        dtype="float16",
+        dtype="float16" if whole else "int8",
         dims=("sample", "variant", "timestep", "layer", "height", "width", "channel"),
         shape=(samples, len(schema.variants), steps, layers, *one_map),
         chunk=(1, 1, 1, 1, *one_map),
         shard=(1, 1, steps, layers, *one_map),
-        fill=math.nan,
+        fill=math.nan if whole else 0,
         reach="sample",
         attributes={
-            "long_name": "outputs of transformer blocks, image tokens only, neither projected nor normalised",
+            "long_name": note if whole else f"{note}; to be multiplied by hidden_states_scale",
             "units": "1",
             "coordinates": "sample_id noise_draw flipped",
         },
     )
+
+
+def _scales(schema: "StoreSchema", samples: int) -> tuple[ArraySpec, ...]:
+    if schema.codec != "int8":
+        return ()
+    axes = {"variant": len(schema.variants), "timestep": len(schema.timesteps), "layer": len(schema.layers)}
+    note = "what one step of hidden_states is worth, for every channel of every map"
+    return (
+        _small(
+            schema, samples, "hidden_states_scale", "float32", {**axes, "channel": schema.channels}, note,
+            fill=math.nan, single=4,
+        ),
+    )  # fmt: skip
 
 
 def label_fill(spec: LabelSpec) -> Scalar:

@@ -65,7 +65,7 @@ class Evidence:
             self._damage[partition.index] = str(error)
             return
         if record is not None:
-            self.samples[partition.start : partition.stop] = record.samples
+            self.samples[record.start : record.stop] = record.samples
             self.files.update({entry.path: entry for entry in record.files})
 
     def _position(self, sample: int) -> int:

@@ -21,6 +21,8 @@ from .records import Partition, canonical, is_text, partitions, seal, unseal
 from .schema import FORMAT_VERSION, StoreSchema, Vocabulary, check_name
 
 MANIFEST = "manifest.json"
+NEXT_MANIFEST = "manifest.next.json"
+"""There only while a store grows (growth)."""
 Part = Literal["identity", "contents", "layout", "data", "provenance"]
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
-from mmdiff_cache.errors import StoreError
+from mmdiff_cache.errors import DamageError, DataError, StoreError
 from mmdiff_cache.records import FeatureBatch, PreparedSample, noise_key
 
 from .arrays import ArraySpec, arrays
@@ -23,7 +23,16 @@ from .checks import check_batch, feature_arrays, sample_fault
 from .files import fsync_file, fsync_folders, sha256_file, staging_folder, storage_errors, write_durably
 from .manifest import Manifest
 from .metadata import chunk_key
-from .records import FileEntry, Partition, Record, SampleEntry, encode_record, record_path
+from .quantise import quantise
+from .records import (
+    FileEntry,
+    Partition,
+    Record,
+    SampleEntry,
+    encode_record,
+    read_record,
+    record_path,
+)
 from .shard_writer import write_shard
 from .shards import ShardLayout, parse_layout
 from .threads import codec_pool
@@ -96,6 +105,7 @@ class PartitionWriter:
                 samples=entries,
                 files=tuple(self._files[path] for path in sorted(self._files)),
             )
+            self._check_kept(record)
             self._withdraw()
             self._publish(record)
             write_durably(self.root, {record_path(self.partition): encode_record(record)})
@@ -135,9 +145,18 @@ class PartitionWriter:
             for variant, maps in enumerate(values):
                 key = chunk_key(self._specs["hidden_states"], sample, variant)
                 name = f"{self.partition.split}.zarr/{key}"
+                stored = self._quantised(offset, variant, maps) if layout.dtype == np.int8 else maps
                 self._files[name] = write_shard(
-                    self._staging, name, layout, maps.reshape(layout.shard), codec_pool()
+                    self._staging, name, layout, stored.reshape(layout.shard), codec_pool()
                 )
+
+    def _quantised(self, offset: int, variant: int, maps: NDArray[np.float16]) -> NDArray[np.int8]:
+        """The maps [T L h w C] of one variant as whole numbers; their scales go to the small arrays."""
+        steps = np.empty(maps.shape, np.int8)
+        for position in np.ndindex(*maps.shape[:2]):
+            steps[position], scale = quantise(maps[position])
+            self._buffers["hidden_states_scale"][(offset, variant, *position)] = scale
+        return steps
 
     def _layout(self) -> ShardLayout:
         """How shards of hidden states are encoded; makes their folder in staging the first time."""
@@ -192,6 +211,20 @@ class PartitionWriter:
         # open_array ignores a config of its own; without this a shard of nothing but fill is not written
         with zarr.config.set({"array.write_empty_chunks": True}):
             return zarr.open_array(folder, mode="r+", zarr_format=3)
+
+    def _check_kept(self, record: Record) -> None:
+        """Refuse to replace what is there by less: a finished sample must be had again, and be the same."""
+        try:
+            old = read_record(self.root, self.partition, self.manifest.fingerprint, self.ids)
+        except DamageError:
+            return
+        for before, now in zip(() if old is None else old.samples, record.samples, strict=False):
+            if before.state == "done" and now.content_hash != before.content_hash:
+                what = f"cannot be had again ({now.reason})" if now.reason else "is another picture by now"
+                raise DataError(
+                    f"sample {now.sample_id!r} was finished before and {what}; nothing was changed: bring "
+                    f"back its source, or delete {self.root / record_path(self.partition)} to give it up"
+                )
 
     def _withdraw(self) -> None:
         """Before files are replaced: take back an older record, and the shards of samples that fail now."""

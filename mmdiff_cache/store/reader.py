@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from mmdiff_cache.errors import ConfigError
+from mmdiff_cache.errors import ConfigError, DamageError
 
 from .manifest import Manifest, read_manifest
 from .metadata import check_metadata
@@ -62,5 +62,11 @@ def open_store(path: str | os.PathLike[str]) -> Store:
     """Open a store. Raises StoreError when the folder is none, DamageError when its metadata was changed."""
     root = Path(path)
     manifest = read_manifest(root)
-    check_metadata(root, manifest)
+    try:
+        check_metadata(root, manifest)
+    except DamageError:
+        before, manifest = manifest, read_manifest(root)
+        if manifest.metadata == before.metadata:
+            raise
+        check_metadata(root, manifest)  # the store grew between the two looks
     return Store(root, manifest)

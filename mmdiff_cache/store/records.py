@@ -137,8 +137,9 @@ def encode_record(record: Record) -> bytes:
 def read_record(root: Path, partition: Partition, identity: str, ids: Sequence[str]) -> Record | None:
     """The record of a partition, or None where there is none yet.
 
-    `ids` are the partition's samples by the manifest. Raises DamageError when the record is not the one that
-    belongs there: unreadable, of another identity, or about other samples.
+    `ids` are the partition's samples by the manifest. The record may speak of the first of them alone: the
+    last partition of a split was shorter before samples were appended. Raises DamageError when the record is
+    not the one that belongs there: unreadable, of another identity, or about other samples.
     """
     path = root / record_path(partition)
     try:
@@ -162,16 +163,17 @@ def read_record(root: Path, partition: Partition, identity: str, ids: Sequence[s
         )
     except (KeyError, TypeError) as error:
         raise DamageError(f"{path} is not a completion record: {error}") from error
-    place = (record.split, record.partition, record.start, record.stop)
-    if place != (partition.split, partition.index, partition.start, partition.stop):
+    place = (record.split, record.partition, record.start)
+    if place != (partition.split, partition.index, partition.start) or record.stop > partition.stop:
         raise DamageError(
-            f"{path} is the record of {place}, not of samples {partition.start} to {partition.stop}"
+            f"{path} is the record of {(*place, record.stop)}, not of samples {partition.start} to "
+            f"{partition.stop}"
         )
     if record.identity != identity:
         raise DamageError(
             f"{path} was written under another identity ({record.identity[:12]}, not {identity[:12]})"
         )
-    if [sample.sample_id for sample in record.samples] != list(ids):
+    if [sample.sample_id for sample in record.samples] != list(ids[: record.stop - record.start]):
         raise DamageError(f"{path} lists other samples than the manifest does")
     return record
 

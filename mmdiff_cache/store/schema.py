@@ -3,10 +3,9 @@
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
 
-from mmdiff_cache.config import Config
+from mmdiff_cache.config import Codec, Config
 from mmdiff_cache.errors import ConfigError
 from mmdiff_cache.records import LabelSpec
 
@@ -14,15 +13,15 @@ from .arrays import arrays, hidden_states
 
 FORMAT_VERSION = 1
 
-Codec = Literal["zstd", "lz4"]
-
 RATIOS: Mapping[tuple[str, str], float] = {
     ("zstd", "bfloat16"): 1.40,
     ("zstd", "float32"): 1.05,
-    ("lz4", "bfloat16"): 1.24,
-    ("lz4", "float32"): 1.00,
+    ("fast", "bfloat16"): 1.24,
+    ("fast", "float32"): 1.00,
+    ("int8", "bfloat16"): 2.20,
+    ("int8", "float32"): 2.20,
 }
-"""Raw bytes to stored bytes of hidden states, by codec and by the dtype in which the backbone ran.
+"""Bytes as float16 to stored bytes of hidden states, by codec and by the dtype in which the backbone ran.
 
 The low end of what was measured: bfloat16 leaves three empty mantissa bits in a float16, float32 leaves none.
 """
@@ -129,8 +128,8 @@ def _check_vocabulary(vocabulary: Vocabulary) -> None:
 
 
 def raw_bytes(schema: StoreSchema, samples: int) -> int:
-    """Bytes of one split before any codec, without text."""
-    return sum(spec.nbytes for spec in arrays(schema, samples))
+    """Bytes of one split before any codec, hidden states as float16, without text."""
+    return sum(spec.nbytes for spec in arrays(replace(schema, codec="zstd"), samples))
 
 
 def estimated_bytes(schema: StoreSchema, samples: int, dtype: str = "bfloat16") -> int:
@@ -138,7 +137,7 @@ def estimated_bytes(schema: StoreSchema, samples: int, dtype: str = "bfloat16") 
 
     `dtype` is that in which the backbone ran (RATIOS); another one counts as float32.
     """
-    hidden = hidden_states(schema, samples).nbytes
+    hidden = hidden_states(replace(schema, codec="zstd"), samples).nbytes
     ratio = RATIOS.get((schema.codec, dtype), RATIOS[schema.codec, "float32"])
     return math.ceil(hidden / ratio) + raw_bytes(schema, samples) - hidden
 

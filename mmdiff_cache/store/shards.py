@@ -20,7 +20,9 @@ EMPTY = 2**64 - 1
 _BLOSC_HEADER = 16
 blosc: Any = numcodecs.blosc
 _SHUFFLES = {"noshuffle": blosc.NOSHUFFLE, "shuffle": blosc.SHUFFLE, "bitshuffle": blosc.BITSHUFFLE}
-_INDEX_CODECS = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
+_BYTE_ORDERS = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "bytes"}]
+"""Of values of several bytes, and of those of one, which have none."""
+_INDEX_CODECS = [_BYTE_ORDERS[0], {"name": "crc32c"}]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,17 +67,17 @@ def parse_layout(metadata: bytes) -> ShardLayout | None:
         (sharding,) = stated["codecs"]
         inner = sharding["configuration"]
         order, compressor, checksum = inner["codecs"]
+        dtype = np.dtype(stated["data_type"])
         known = (
             sharding["name"] == "sharding_indexed"
             and inner["index_location"] == "end"
             and inner["index_codecs"] == _INDEX_CODECS
-            and order == _INDEX_CODECS[0]
+            and order == _BYTE_ORDERS[dtype.itemsize == 1]
             and compressor["name"] == "blosc"
             and checksum == {"name": "crc32c"}
             and not stated.get("storage_transformers")
         )
         settings = compressor["configuration"]
-        dtype = np.dtype(stated["data_type"])
         if not known or settings["typesize"] != dtype.itemsize:
             return None
         return ShardLayout(

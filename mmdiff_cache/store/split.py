@@ -5,7 +5,7 @@ straight out of their shards (`chunks`); zarr reads what is one chunk a partitio
 says something that `shards` does not know. All of it may be called from several threads.
 """
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
@@ -23,9 +23,11 @@ from .chunks import ChunkReader
 from .evidence import Evidence
 from .manifest import Manifest
 from .metadata import chunk_key, codec_words
+from .quantise import restore
 from .records import FileEntry
 from .schema import Variant
 from .shards import ShardLayout, parse_layout
+from .threads import codec_pool
 
 TIMESTEP_TOLERANCE = 1e-6
 
@@ -75,6 +77,11 @@ class SplitReader:
     def channels(self) -> int:
         """C of the hidden states."""
         return self._schema.channels
+
+    @property
+    def lossy(self) -> bool:
+        """Whether hidden states were rounded to int8."""
+        return self._schema.codec == "int8"
 
     @property
     def label_specs(self) -> dict[str, LabelSpec]:
@@ -164,10 +171,22 @@ class SplitReader:
         variant = self._variant(variant)
         shape = (len(samples), len(steps), len(blocks), *self._schema.grid, self.channels)
         out = _target(out, shape, np.dtype(np.float16))
-        maps = product(enumerate(samples), enumerate(steps), enumerate(blocks))
-        wanted = [((n, variant, t, layer), out[row, i, j]) for (row, n), (i, t), (j, layer) in maps]
-        self._fill("hidden_states", wanted)
+        rows = product(enumerate(samples), enumerate(steps), enumerate(blocks))
+        places = {(row, i, j): (n, variant, t, layer) for (row, n), (i, t), (j, layer) in rows}
+        if self.lossy:
+            self._restore(places, out)
+        else:
+            self._fill("hidden_states", [(stored, out[place]) for place, stored in places.items()])
         return out
+
+    def _restore(self, places: Mapping[tuple[int, ...], tuple[int, ...]], out: NDArray[np.float16]) -> None:
+        """Fill `out` from whole numbers and scales; `places` has the stored position of every map in it."""
+        steps = np.empty(out.shape, np.int8)
+        scales = np.empty((*out.shape[:3], self.channels), np.float32)
+        self._fill("hidden_states", [(stored, steps[place]) for place, stored in places.items()])
+        self._fill("hidden_states_scale", [(stored, scales[place]) for place, stored in places.items()])
+        for done in [codec_pool().submit(restore, steps[at], scales[at], out[at]) for at in places]:
+            done.result()
 
     def concept_scores(
         self,

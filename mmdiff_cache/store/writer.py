@@ -15,6 +15,7 @@ import numcodecs.blosc
 from mmdiff_cache.errors import ConfigError, DamageError, StoreError
 
 from .files import clear_staging, make_folders, storage_errors, write_durably
+from .growth import begin_growth, finish_growth, with_samples_of
 from .lock import StoreLock
 from .manifest import (
     MANIFEST,
@@ -83,13 +84,15 @@ class StoreWriter:
         fault = first_fault(self.path, record)
         if fault is not None:
             logger.warning("partition %s will be written again: %s", partition.name, fault)
-        return fault is None
+        return fault is None and record.stop == partition.stop
 
 
-def open_writer(path: str | os.PathLike[str], manifest: Manifest) -> StoreWriter:
+def open_writer(path: str | os.PathLike[str], manifest: Manifest, *, append: bool = False) -> StoreWriter:
     """Open the store at `path` for what `manifest` asks: create it, or go on with it when it is the same.
 
-    A store that holds all that is asked, and more, opens with nothing pending. Raises StoreError when the
+    A store that holds all that is asked, and more, opens with nothing pending. With `append`, samples and
+    splits that are asked and not planned yet are added behind those that are; a last partition that becomes
+    longer is pending as a whole, and stays readable until it is written again. Raises StoreError when the
     folder is no store, holds another identity or lacks what is asked, or is being written by someone else;
     StorageError when it cannot be written. A folder with foreign files is left untouched.
     """
@@ -104,11 +107,16 @@ def open_writer(path: str | os.PathLike[str], manifest: Manifest) -> StoreWriter
             for folder in FOLDERS:
                 make_folders(root / folder)
             clear_staging(root)
+            finish_growth(root)
         if (root / MANIFEST).exists():
             stored = read_manifest(root)
             check_metadata(root, stored)
-            writer = StoreWriter(root, stored, manifest, lock)
-            _check_fit(writer, compare(stored, manifest))
+            larger = with_samples_of(stored, manifest) if append else stored
+            writer = StoreWriter(root, larger, manifest, lock)
+            _check_fit(writer, compare(larger, manifest))
+            if larger != stored:
+                with storage_errors(root):
+                    writer.manifest = begin_growth(root, larger)
         else:
             with storage_errors(root):
                 writer = StoreWriter(root, _create(root, manifest), manifest, lock)
@@ -161,6 +169,11 @@ def _check_fit(writer: StoreWriter, differences: list[Difference]) -> None:
     """Refuse what does not fit; a provenance that differs is only worth a warning."""
     root, hard = writer.path, [d for d in differences if d.part in ("identity", "contents", "data")]
     other = f"choose another folder, e.g. --store {free_name(root)}"
+    longer = [d for d in hard if d.field.startswith("samples of ")]
+    if hard and hard == longer:
+        raise StoreError(
+            f"{root} was planned with fewer samples: {longer[0]}; add the new ones with --append, or {other}"
+        )
     if hard:
         more = f" (and {len(hard) - 1} more: {', '.join(d.field for d in hard[1:])})" if len(hard) > 1 else ""
         raise StoreError(f"{root} does not hold what is asked: {hard[0].part} {hard[0]}{more}; {other}")

@@ -76,7 +76,10 @@ ASKED_FOR_MORE: dict[str, tuple[Manifest, str]] = {
         ),
         r"labels\.salient",
     ),
-    "more samples": (make_manifest(train=7), "data samples of train is 6 in the store, 7 was asked"),
+    "more samples": (
+        make_manifest(train=7),
+        "fewer samples: samples of train is 6 in the store, 7 was asked; add the new ones with --append",
+    ),
     "other samples": (
         make_manifest(splits={"train": ("train/000", "x")}),
         "data sample 1 of train is train/001 in the store, x was asked",
@@ -98,7 +101,7 @@ CONTAINED: dict[str, Manifest] = {
     "the first samples": make_manifest(train=3, test=1),
     "one split": make_manifest(splits={"train": make_manifest().splits["train"]}),
     "another partition size": with_schema(partition_size=2),
-    "another codec": with_schema(codec="lz4"),
+    "another codec": with_schema(codec="fast"),
 }
 
 
