@@ -237,6 +237,8 @@ class TrainConfig(Config):
     """Stage two: which task, from which stores, which of the stored features, which decoder, how long."""
 
     task: str
+    label: str | None = None
+    """A label set of the task's kind; the task's own by default."""
     stores: tuple[str, ...] = ()
     """Folders; empty means the only store under data/ that has the labels."""
     run: str | None = None

@@ -150,7 +150,8 @@ class CachedFeatureDataset(Dataset[dict[str, Tensor]]):
         self.concepts = None if concepts == NO_CONCEPTS else concepts
         self.labels = tuple(labels)
         self._check(discriminative)
-        self.indices = usable_samples(self.reader, range(len(self.reader)) if indices is None else indices)
+        everyone = range(len(self.reader)) if indices is None else indices
+        self.indices = usable_samples(self.reader, everyone, self.labels)
         self.memory = SampleMemory(memory)
 
     def _check(self, discriminative: Sequence[str]) -> None:
@@ -273,22 +274,26 @@ def _target(label: Tensor) -> Tensor:
     return label if label.is_floating_point() else label.long()
 
 
-def usable_samples(reader: SplitReader, samples: Sequence[int]) -> tuple[int, ...]:
-    """Those of the samples that can be read; the failed ones are left out, with a warning.
+def usable_samples(
+    reader: SplitReader, samples: Sequence[int], labels: Sequence[str] = ()
+) -> tuple[int, ...]:
+    """Those of the samples that can be read, with these labels; failed ones are left out, with a warning.
 
     Raises StoreIncomplete if one was never finished or its record is damaged, or if none is left.
     """
-    missing = [sample for sample in samples if reader.state(sample) in ("pending", "damaged")]
+    states = {n: {reader.state(n, label_set) for label_set in (None, *labels)} for n in samples}
+    missing = [n for n in samples if states[n] & {"pending", "damaged"}]
     if missing:
         raise StoreIncomplete(
             f"{len(missing)} of {len(samples)} samples of {reader.path} were never finished, first "
-            f"{reader.ids[missing[0]]!r}; run the extraction again, it goes on, or take fewer (--limit)"
+            f"{reader.ids[missing[0]]!r}; run the extraction (or 'labels add') again, it goes on, or take "
+            "fewer (--limit)"
         )
-    failed = [sample for sample in samples if reader.state(sample) == "failed"]
+    failed = [n for n in samples if "failed" in states[n]]
     if failed:
-        names = ", ".join(reader.ids[sample] for sample in failed[:3]) + (", ..." if len(failed) > 3 else "")
+        names = ", ".join(reader.ids[n] for n in failed[:3]) + (", ..." if len(failed) > 3 else "")
         _logger.warning("%s: %d failed sample(s) left out: %s", reader.path, len(failed), names)
-    usable = tuple(int(sample) for sample in samples if reader.state(sample) == "done")
+    usable = tuple(int(n) for n in samples if states[n] == {"done"})
     if not usable:
         raise StoreIncomplete(f"{reader.path} has no sample to read among the {len(samples)} asked for")
     return usable

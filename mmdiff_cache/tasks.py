@@ -4,7 +4,7 @@ A new task is one more entry in TASKS (and a store whose labels it names).
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -58,11 +58,11 @@ class Task:
     batch_size: int = BATCH_SIZE
 
 
-def find_task(name: str) -> Task:
-    """The entry of a task. Raises ConfigError naming those there are."""
+def find_task(name: str, label: str | None = None) -> Task:
+    """The entry of a task, on another label set if one is given. Raises ConfigError if there is none."""
     if name not in TASKS:
         raise ConfigError(f"task {name!r} is not known; there are {', '.join(TASKS)}")
-    return TASKS[name]
+    return TASKS[name] if label is None else replace(TASKS[name], label=label)
 
 
 def out_channels(spec: LabelSpec) -> int:

@@ -75,6 +75,9 @@ STORE = "Store"
 for command in (store_commands.verify, store_commands.repair, store_commands.convert):
     app.command(rich_help_panel=STORE)(_interruptible(command))
 
+store_commands.labels.command(name="add")(_interruptible(store_commands.add))
+app.add_typer(store_commands.labels, name="labels", rich_help_panel=STORE)
+
 
 def main() -> None:
     """The console script."""

@@ -9,7 +9,7 @@ import typer
 
 from mmdiff_cache.cli.configuration import parse_list, parse_numbers
 from mmdiff_cache.cli.console import next_command, print_json, progress_bar, say
-from mmdiff_cache.cli.everyday import AsJson, DryRun, Layers, Limit, Timesteps
+from mmdiff_cache.cli.everyday import SOME_FAILED, AsJson, DryRun, Layers, Limit, Timesteps
 from mmdiff_cache.config import Codec
 from mmdiff_cache.errors import ConfigError
 
@@ -88,3 +88,35 @@ def convert(
         store = conversion.convert(plan, advance)
     say(f"\n{store}")
     next_command("mmdiff-cache", "inspect", str(target))
+
+
+labels = typer.Typer(help="Label sets of a store: add one beside those that are there.", no_args_is_help=True)
+
+
+def add(
+    store: StoreFolder,
+    name: Annotated[str, typer.Option(help="What the label set is to be called.")],
+    folder: Annotated[
+        Path, typer.Option("--from", help="Label files DIR/<id>.png or .npy, or DIR/<split>/<id>...")
+    ],
+    kind: Annotated[str, typer.Option(help="classes, mask or depth.")] = "classes",
+    classes: Annotated[str | None, typer.Option(metavar="A,B", help="Names of ids 0, 1 ...")] = None,
+    ignore: Annotated[int | None, typer.Option(help="The id that counts for nothing.")] = None,
+    valid_range: Annotated[
+        str | None, typer.Option(metavar="LOW,HIGH", help="Metres that count; needed for depth.")
+    ] = None,
+    scale: Annotated[float, typer.Option(help="Metres a unit of a depth file: 0.001 for mm.")] = 1.0,
+) -> None:
+    """Add a label set from a folder of files named by sample id. Features and other labels stay untouched."""
+    from mmdiff_cache.datasets.label_folder import LabelFolder
+    from mmdiff_cache.extraction.labels import add_labels
+    from mmdiff_cache.records import label_spec
+
+    spec = label_spec(name, kind, parse_list(classes), ignore, parse_numbers("--valid-range", valid_range))
+    with progress_bar("labels") as advance:
+        added = add_labels(store, LabelFolder(root=folder, spec=spec, scale=scale), advance)
+    say(str(added))
+    task = {"classes": "segmentation", "mask": "saliency", "depth": "depth"}[spec.kind]
+    next_command("mmdiff-cache", "train", "--task", task, "--set", f"label={name}", "--store", str(store))
+    if added.unusable:
+        raise typer.Exit(SOME_FAILED)

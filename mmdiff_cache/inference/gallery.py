@@ -46,7 +46,7 @@ class Shown:
 
 def show(run: Run, split: str, count: int) -> Shown:
     """Predict the first `count` usable samples of a split with a run's averaged weights."""
-    task, model = find_task(run.config.task), model_for_run(run)
+    task, model = find_task(run.config.task, run.config.label), model_for_run(run)
     dataset = open_dataset(run.config, open_store(run.config.stores[0]), split)
     batch = dataset.batch(range(min(count, len(dataset))))
     reader = dataset.reader

@@ -48,7 +48,7 @@ class TrainedModel:
     def __init__(self, run: Run, manifest: Manifest, model: Model) -> None:
         self.run = run
         self.config = run.config
-        self.task = find_task(run.config.task)
+        self.task = find_task(run.config.task, run.config.label)
         self.manifest = manifest
         self.model = model
         self.title = run.path.name

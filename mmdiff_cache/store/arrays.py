@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mmdiff_cache.records import STATISTICS, LabelSpec
 
@@ -92,6 +93,12 @@ def _scales(schema: "StoreSchema", samples: int) -> tuple[ArraySpec, ...]:
             fill=math.nan, single=4,
         ),
     )  # fmt: skip
+
+
+def filled_rows(spec: ArraySpec, samples: int) -> NDArray[Any]:
+    """So many rows of an array in memory, full of its fill value."""
+    dtype = object if spec.dtype == "string" else spec.dtype
+    return np.full((samples, *spec.shape[1:]), spec.fill, dtype=dtype)
 
 
 def label_fill(spec: LabelSpec) -> Scalar:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmdiff_cache.errors import StoreError
-from mmdiff_cache.records import STATISTICS, FeatureBatch, PreparedSample
+from mmdiff_cache.records import STATISTICS, FeatureBatch, LabelSpec, PreparedSample
 
 from .arrays import ArraySpec
 from .records import is_text
@@ -74,6 +74,15 @@ def _non_finite(schema: StoreSchema, row: Mapping[str, NDArray[Any]]) -> str | N
         if bad:
             return f"{path} has {bad} values that are not finite"
     return None
+
+
+def stray_id(values: NDArray[Any], spec: LabelSpec) -> int | None:
+    """An id in a label map that is neither a class nor the one to ignore; depths may be anything."""
+    if spec.kind == "depth":
+        return None
+    known = values < (len(spec.classes) if spec.kind == "classes" else 2)
+    stray = values[~(known if spec.ignore is None else known | (values == spec.ignore))]
+    return int(stray.flat[0]) if stray.size else None
 
 
 def _label_fault(schema: StoreSchema, label: LabelArray, sample: PreparedSample) -> str | None:

@@ -20,11 +20,12 @@ from mmdiff_cache.errors import ConfigError, StorageRefused
 from mmdiff_cache.records import FeatureBatch, PreparedSample, Progress
 
 from .concepts import concept_maps, map_blocks
+from .label_writer import open_label_writer
 from .manifest import MANIFEST, Manifest
 from .partition import PartitionWriter
 from .quantise import stored_as
 from .reader import Store, open_store
-from .schema import StoreSchema, estimated_bytes
+from .schema import LabelArray, StoreSchema, estimated_bytes
 from .split import SplitReader
 from .writer import open_writer
 
@@ -100,7 +101,7 @@ def plan_conversion(
     if stored.schema.codec == "int8" != codec:
         raise ConfigError(f"{store.path} is int8: what was rounded away cannot come back with codec {codec}")
     schema = replace(
-        stored.schema,
+        stored.schema.extracted,
         layers=layers,
         timesteps=timesteps,
         variants=tuple(stored.schema.variants[n] for n in variants),
@@ -137,7 +138,33 @@ def convert(conversion: Conversion, progress: Progress | None = None) -> Store:
                     if progress is not None:
                         progress(done, total, partition.split)
                 out.commit()
+    for label in conversion.source.manifest.schema.labels:
+        if label.added:
+            _copy_labels(conversion, label)
     return open_store(conversion.target)
+
+
+def _copy_labels(conversion: Conversion, label: LabelArray) -> None:
+    """A label set that was added to the source, as far as it goes there."""
+    name = label.spec.name
+    with open_label_writer(conversion.target, label) as writer:
+        for split in conversion.manifest.splits:
+            reader = conversion.source[split]
+            entries = dict(enumerate(reader.label_entries(name)))
+            for partition in writer.pending(split):
+                if partition.stop > len(entries):
+                    continue
+                with writer.begin(partition) as out:
+                    for offset in range(partition.size):
+                        position = partition.start + offset
+                        entry = entries[position]
+                        if entry.state == "failed" or position in reader.failed:
+                            out.fail(offset, entry.reason or "the sample failed")
+                            continue
+                        at_network_size = reader.labels(name, [position])[0]
+                        original = reader.original_label(name, position)
+                        out.write(offset, at_network_size, original, entry.content_hash or "")
+                    out.commit()
 
 
 def _kept(what: str, stored: tuple[T, ...], asked: Sequence[T] | None) -> tuple[T, ...]:
@@ -196,12 +223,13 @@ def _copy(conversion: Conversion, reader: SplitReader, out: PartitionWriter, off
 
 
 def _sample(reader: SplitReader, position: int) -> PreparedSample:
+    names = [name for name in reader.label_specs if name not in reader.added_labels]
     return PreparedSample(
         sample_id=reader.ids[position],
         image=reader.images([position])[0],
         prompt=reader.prompts([position])[0],
-        labels={name: reader.labels(name, [position])[0] for name in reader.label_specs},
-        original_labels={name: reader.original_label(name, position) for name in reader.label_specs},
+        labels={name: reader.labels(name, [position])[0] for name in names},
+        original_labels={name: reader.original_label(name, position) for name in names},
         content_hash=reader.content_hash(position),
     )
 

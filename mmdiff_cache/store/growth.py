@@ -13,6 +13,7 @@ from pathlib import Path
 from .files import fsync_folders, write_durably
 from .manifest import MANIFEST, NEXT_MANIFEST, Manifest, encode_manifest, read_manifest, with_metadata
 from .metadata import split_files
+from .schema import LabelArray
 
 
 def with_samples_of(stored: Manifest, asked: Manifest) -> Manifest:
@@ -26,6 +27,12 @@ def with_samples_of(stored: Manifest, asked: Manifest) -> Manifest:
         return stored
     config = {**asked.config, **({"splits": list(splits)} if "splits" in asked.config else {})}
     return replace(stored, splits=splits, config=config)
+
+
+def with_label(stored: Manifest, label: LabelArray) -> Manifest:
+    """The stored manifest with one more label set."""
+    schema = replace(stored.schema, labels=(*stored.schema.labels, replace(label, added=True)))
+    return replace(stored, schema=schema)
 
 
 def begin_growth(root: Path, larger: Manifest) -> Manifest:

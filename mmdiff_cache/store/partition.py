@@ -4,38 +4,25 @@ Everything is staged and made durable first. Only `commit` touches the store, in
 any moment leave either no record or a true one.
 """
 
-import os
-import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import numpy as np
-import zarr
 from numpy.typing import NDArray
 
 from mmdiff_cache.errors import DamageError, DataError, StoreError
 from mmdiff_cache.records import FeatureBatch, PreparedSample, noise_key
 
-from .arrays import ArraySpec, arrays
+from .arrays import arrays, filled_rows
 from .checks import check_batch, feature_arrays, sample_fault
-from .files import fsync_file, fsync_folders, sha256_file, staging_folder, storage_errors, write_durably
+from .files import storage_errors
 from .manifest import Manifest
 from .metadata import chunk_key
 from .quantise import quantise
-from .records import (
-    FileEntry,
-    Partition,
-    Record,
-    SampleEntry,
-    encode_record,
-    read_record,
-    record_path,
-)
-from .shard_writer import write_shard
-from .shards import ShardLayout, parse_layout
-from .threads import codec_pool
+from .records import Partition, Record, SampleEntry, encode_record, read_record, record_path
+from .staging import Staging
 
 
 class PartitionWriter:
@@ -49,18 +36,15 @@ class PartitionWriter:
     def __init__(self, root: Path, manifest: Manifest, partition: Partition) -> None:
         self.root, self.manifest, self.partition = root, manifest, partition
         self.ids = manifest.splits[partition.split][partition.start : partition.stop]
-        specs = arrays(manifest.schema, len(manifest.splits[partition.split]))
+        self._schema = manifest.schema.extracted
+        specs = arrays(self._schema, len(manifest.splits[partition.split]))
         self._specs = {spec.path: spec for spec in specs if spec.reach != "array"}
         self._buffers = {
-            p: _filled(s, partition.size) for p, s in self._specs.items() if s.reach == "partition"
+            p: filled_rows(s, partition.size) for p, s in self._specs.items() if s.reach == "partition"
         }
         self._buffers["sample_id"][:] = self.ids
         self._entries: list[SampleEntry | None] = [None] * partition.size
-        self._files: dict[str, FileEntry] = {}
-        self._staged: dict[str, zarr.Array[Any]] = {}
-        self._shards: ShardLayout | None = None
-        with storage_errors(root):
-            self._staging = staging_folder(root, partition.name)
+        self._staging = Staging(root, partition, self._specs)
 
     def write(self, offset: int, samples: Sequence[PreparedSample], features: FeatureBatch) -> None:
         """Store consecutive samples, the first of them `offset` samples behind the partition's start.
@@ -73,7 +57,7 @@ class PartitionWriter:
         check_batch(self._specs, features, len(samples))
         for number, sample in enumerate(samples):
             row = {path: array[number] for path, array in feature_arrays(features).items()}
-            reason = sample_fault(self.manifest.schema, sample, row)
+            reason = sample_fault(self._schema, sample, row)
             if reason is not None:
                 self.fail(offset + number, sample.sample_id, reason)
                 continue
@@ -95,7 +79,8 @@ class PartitionWriter:
                 f"partition {self.partition.name} cannot be recorded: {missing!r} was never written"
             )
         with storage_errors(self.root):
-            self._stage_small_arrays()
+            for path, values in self._buffers.items():
+                self._staging.rows(path, values)
             record = Record(
                 split=self.partition.split,
                 partition=self.partition.index,
@@ -103,18 +88,15 @@ class PartitionWriter:
                 stop=self.partition.stop,
                 identity=self.manifest.fingerprint,
                 samples=entries,
-                files=tuple(self._files[path] for path in sorted(self._files)),
+                files=self._staging.files,
             )
             self._check_kept(record)
-            self._withdraw()
-            self._publish(record)
-            write_durably(self.root, {record_path(self.partition): encode_record(record)})
-            shutil.rmtree(self._staging)
+            self._staging.publish(record_path(self.partition), encode_record(record), self._failed_shards())
         return record
 
     def abort(self) -> None:
         """Remove what was staged. The store itself was not touched."""
-        shutil.rmtree(self._staging, ignore_errors=True)
+        self._staging.remove()
 
     def __enter__(self) -> "PartitionWriter":
         return self
@@ -141,14 +123,10 @@ class PartitionWriter:
         """One shard a variant; `values` is [V T L h w C]."""
         sample = self.partition.start + offset
         with storage_errors(self.root):
-            layout = self._layout()
             for variant, maps in enumerate(values):
-                key = chunk_key(self._specs["hidden_states"], sample, variant)
-                name = f"{self.partition.split}.zarr/{key}"
-                stored = self._quantised(offset, variant, maps) if layout.dtype == np.int8 else maps
-                self._files[name] = write_shard(
-                    self._staging, name, layout, stored.reshape(layout.shard), codec_pool()
-                )
+                lossy = self._schema.codec == "int8"
+                stored = self._quantised(offset, variant, maps) if lossy else maps
+                self._staging.shard("hidden_states", (sample, variant), stored)
 
     def _quantised(self, offset: int, variant: int, maps: NDArray[np.float16]) -> NDArray[np.int8]:
         """The maps [T L h w C] of one variant as whole numbers; their scales go to the small arrays."""
@@ -158,26 +136,16 @@ class PartitionWriter:
             self._buffers["hidden_states_scale"][(offset, variant, *position)] = scale
         return steps
 
-    def _layout(self) -> ShardLayout:
-        """How shards of hidden states are encoded; makes their folder in staging the first time."""
-        if self._shards is None:
-            folder = f"{self.partition.split}.zarr/hidden_states"
-            self._shards = parse_layout((self.root / folder / "zarr.json").read_bytes())
-            if self._shards is None:
-                raise StoreError(f"{self.root / folder} has codecs that this mmdiff-cache cannot write")
-            (self._staging / folder).mkdir(parents=True)
-        return self._shards
-
     def _keep(self, offset: int, sample: PreparedSample, row: dict[str, NDArray[Any]]) -> None:
         """Put a sample's small values into the partition's buffers."""
         for path, values in row.items():
             self._buffers[path][offset] = values
         self._buffers["images"][offset] = sample.image
         self._buffers["prompt"][offset] = sample.prompt
-        for variant, setting in enumerate(self.manifest.schema.variants):
+        for variant, setting in enumerate(self._schema.variants):
             key = noise_key(self.manifest.seed, sample.sample_id, setting.noise_draw)
             self._buffers["noise_key"][offset, variant] = key
-        for label in self.manifest.schema.labels:
+        for label in self._schema.labels:
             name = label.spec.name
             rows, columns = sample.original_labels[name].shape
             self._buffers[f"labels/{name}/map"][offset] = sample.labels[name]
@@ -186,31 +154,6 @@ class PartitionWriter:
         self._entries[offset] = SampleEntry(
             sample_id=sample.sample_id, state="done", content_hash=sample.content_hash
         )
-
-    def _stage_small_arrays(self) -> None:
-        for path, buffer in self._buffers.items():
-            where = np.s_[self.partition.start : self.partition.stop]
-            self._stage(path, (self.partition.index,), where, buffer)
-
-    def _stage(self, path: str, position: tuple[int, ...], where: Any, values: NDArray[Any]) -> None:
-        """Write one shard of an array into staging, durably, and note its size and hash."""
-        if path not in self._staged:
-            self._staged[path] = self._staged_array(path)
-        self._staged[path].set_basic_selection(where, values)
-        name = f"{self.partition.split}.zarr/{chunk_key(self._specs[path], *position)}"
-        file = self._staging / name
-        fsync_file(file)
-        self._files[name] = FileEntry(path=name, size=file.stat().st_size, sha256=sha256_file(file))
-
-    def _staged_array(self, path: str) -> "zarr.Array[Any]":
-        """A copy of an array's metadata in staging: what is written gets the store's keys and codecs."""
-        name = f"{self.partition.split}.zarr/{path}"
-        folder = self._staging / name
-        folder.mkdir(parents=True)
-        shutil.copyfile(self.root / name / "zarr.json", folder / "zarr.json")
-        # open_array ignores a config of its own; without this a shard of nothing but fill is not written
-        with zarr.config.set({"array.write_empty_chunks": True}):
-            return zarr.open_array(folder, mode="r+", zarr_format=3)
 
     def _check_kept(self, record: Record) -> None:
         """Refuse to replace what is there by less: a finished sample must be had again, and be the same."""
@@ -226,26 +169,10 @@ class PartitionWriter:
                     f"back its source, or delete {self.root / record_path(self.partition)} to give it up"
                 )
 
-    def _withdraw(self) -> None:
-        """Before files are replaced: take back an older record, and the shards of samples that fail now."""
-        old = self.root / record_path(self.partition)
-        if old.exists():
-            old.unlink()
-            fsync_folders([old.parent])
+    def _failed_shards(self) -> Iterator[str]:
+        """Where the hidden states of samples that fail now may lie from before."""
         for number, entry in enumerate(self._entries, start=self.partition.start):
             if entry is not None and entry.state == "failed":
-                for variant in range(len(self.manifest.schema.variants)):
+                for variant in range(len(self._schema.variants)):
                     key = chunk_key(self._specs["hidden_states"], number, variant)
-                    (self.root / f"{self.partition.split}.zarr" / key).unlink(missing_ok=True)
-
-    def _publish(self, record: Record) -> None:
-        """Rename the staged files to their places and make the folders durable."""
-        for entry in record.files:
-            os.replace(self._staging / entry.path, self.root / entry.path)
-        fsync_folders((self.root / entry.path).parent for entry in record.files)
-
-
-def _filled(spec: ArraySpec, samples: int) -> NDArray[Any]:
-    """A buffer for one partition of an array, full of its fill value."""
-    dtype = object if spec.dtype == "string" else spec.dtype
-    return np.full((samples, *spec.shape[1:]), spec.fill, dtype=dtype)
+                    yield f"{self.partition.split}.zarr/{key}"

@@ -85,6 +85,8 @@ class Record:
     """Fingerprint of the identity (`Manifest.fingerprint`) under which the samples were extracted."""
     samples: tuple[SampleEntry, ...]
     files: tuple[FileEntry, ...]
+    label_set: str | None = None
+    """The label set that it speaks of, where that was added later; None: all that was extracted."""
 
     @property
     def name(self) -> str:
@@ -131,17 +133,22 @@ def unseal(data: bytes, name: str) -> dict[str, Any]:
 
 def encode_record(record: Record) -> bytes:
     """The bytes of the record's file."""
-    return seal(dataclasses.asdict(record))
+    body = dataclasses.asdict(record)
+    if record.label_set is None:
+        del body["label_set"]
+    return seal(body)
 
 
-def read_record(root: Path, partition: Partition, identity: str, ids: Sequence[str]) -> Record | None:
+def read_record(
+    root: Path, partition: Partition, identity: str, ids: Sequence[str], label_set: str | None = None
+) -> Record | None:
     """The record of a partition, or None where there is none yet.
 
     `ids` are the partition's samples by the manifest. The record may speak of the first of them alone: the
     last partition of a split was shorter before samples were appended. Raises DamageError when the record is
     not the one that belongs there: unreadable, of another identity, or about other samples.
     """
-    path = root / record_path(partition)
+    path = root / record_path(partition, label_set)
     try:
         data = path.read_bytes()
     except FileNotFoundError:
@@ -160,14 +167,16 @@ def read_record(root: Path, partition: Partition, identity: str, ids: Sequence[s
             identity=body["identity"],
             samples=tuple(SampleEntry(**entry) for entry in body["samples"]),
             files=tuple(FileEntry(**entry) for entry in body["files"]),
+            label_set=body.get("label_set"),
         )
     except (KeyError, TypeError) as error:
         raise DamageError(f"{path} is not a completion record: {error}") from error
-    place = (record.split, record.partition, record.start)
-    if place != (partition.split, partition.index, partition.start) or record.stop > partition.stop:
+    place = (record.split, record.partition, record.start, record.label_set)
+    expected = (partition.split, partition.index, partition.start, label_set)
+    if place != expected or record.stop > partition.stop:
         raise DamageError(
-            f"{path} is the record of {(*place, record.stop)}, not of samples {partition.start} to "
-            f"{partition.stop}"
+            f"{path} is the record of {place}, samples to {record.stop}, not of {expected}, "
+            f"samples to {partition.stop}"
         )
     if record.identity != identity:
         raise DamageError(
@@ -178,9 +187,9 @@ def read_record(root: Path, partition: Partition, identity: str, ids: Sequence[s
     return record
 
 
-def record_path(partition: Partition) -> str:
-    """Where the record of a partition lies, from the store's folder."""
-    return f"partitions/{partition.name}.json"
+def record_path(partition: Partition, label_set: str | None = None) -> str:
+    """Where the record of a partition lies, from the store's folder; that of an added label set beside it."""
+    return f"partitions/{partition.name}{f'.{label_set}' if label_set else ''}.json"
 
 
 def first_fault(root: Path, record: Record) -> str | None:

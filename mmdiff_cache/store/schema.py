@@ -61,6 +61,8 @@ class LabelArray(Config):
 
     spec: LabelSpec
     canvas: tuple[int, int]
+    added: bool = False
+    """Whether it came after the extraction, and has records of its own (label_writer)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,6 +86,11 @@ class StoreSchema(Config):
     partition_size: int = 64
     """Samples a partition: the unit of work, of completion and of redo."""
     codec: Codec = "zstd"
+
+    @property
+    def extracted(self) -> "StoreSchema":
+        """What extraction writes: all but the label sets that were added later."""
+        return replace(self, labels=tuple(label for label in self.labels if not label.added))
 
     def __post_init__(self) -> None:
         for name in ("layers", "timesteps", "variants"):

@@ -24,7 +24,7 @@ from .evidence import Evidence
 from .manifest import Manifest
 from .metadata import chunk_key, codec_words
 from .quantise import restore
-from .records import FileEntry
+from .records import FileEntry, SampleEntry
 from .schema import Variant
 from .shards import ShardLayout, parse_layout
 from .threads import codec_pool
@@ -89,6 +89,11 @@ class SplitReader:
         return {label.spec.name: label.spec for label in self._schema.labels}
 
     @property
+    def added_labels(self) -> tuple[str, ...]:
+        """Names of the label sets that came after the extraction: a sample may lack them (`state`)."""
+        return tuple(label.spec.name for label in self._schema.labels if label.added)
+
+    @property
     def vocabularies(self) -> dict[str, tuple[str, ...]]:
         """The stored concept lists, by name."""
         return {vocabulary.name: vocabulary.concepts for vocabulary in self._schema.vocabularies}
@@ -123,9 +128,17 @@ class SplitReader:
         """The codecs of an array in words, such as `blosc zstd 1 shuffle, crc32c`."""
         return codec_words(self._array(path))
 
-    def state(self, sample: int) -> str:
-        """`done`, `failed`, `pending` (never finished) or `damaged` (its record cannot be used)."""
-        return self._evidence.state(sample)
+    def state(self, sample: int, label_set: str | None = None) -> str:
+        """`done`, `failed`, `pending` (never finished) or `damaged` (its record cannot be used).
+
+        With a label set, that of the sample's label: one that was added later may lack some.
+        """
+        return self._evidence.state(sample, label_set)
+
+    def label_entries(self, label_set: str) -> tuple[SampleEntry, ...]:
+        """What the records say of a label set that was added later, sample by sample."""
+        entries = self._evidence.entries(self._label(label_set))
+        return tuple(entry for entry in entries if entry is not None)
 
     def content_hash(self, sample: int) -> str:
         """SHA-256 of the source picture and labels from which the sample was made."""
@@ -231,11 +244,13 @@ class SplitReader:
 
     def labels(self, name: str, samples: Sequence[int]) -> NDArray[Any]:
         """Label maps at network size, [B H W]: uint8 ids, or float32 metres."""
-        return self._rows(f"labels/{self._label(name)}/map", samples)
+        self._evidence.require(samples, self._label(name))
+        return self._rows(f"labels/{name}/map", samples)
 
     def original_label(self, name: str, sample: int) -> NDArray[Any]:
         """One label map as it was distributed, [H0 W0]."""
-        folder = f"labels/{self._label(name)}"
+        self._evidence.require([sample], self._label(name))
+        folder = f"labels/{name}"
         rows, columns = (int(side) for side in self._rows(f"{folder}/original_size", [sample])[0])
         return np.ascontiguousarray(self._rows(f"{folder}/original", [sample])[0, :rows, :columns])
 

@@ -147,10 +147,10 @@ def summarize(store: Store, label_samples: int = 256) -> StoreSummary:
         arrays=arrays,
         maps=_maps(readers),
         labels=tuple(
-            _label(reader, spec, reader.finished[:label_samples])
+            _label(reader, spec, labelled[:label_samples])
             for reader in readers
             for spec in reader.label_specs.values()
-            if reader.finished
+            if (labelled := [n for n in reader.finished if reader.state(n, spec.name) == "done"])
         ),
         disk_bytes=store.disk_bytes,
         raw_bytes=_finished_bytes(store),

@@ -18,8 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmdiff_cache.errors import DamageError, MMDiffError
-from mmdiff_cache.records import STATISTICS, LabelSpec, Progress, noise_key
+from mmdiff_cache.records import STATISTICS, Progress, noise_key
 
+from .checks import stray_id
 from .files import sha256_file
 from .manifest import MANIFEST, Manifest, read_manifest
 from .metadata import is_next
@@ -113,6 +114,7 @@ class _Check:
     ) -> None:
         self._root, self._manifest, self._limit = root, manifest, limit
         self._pool, self._progress = pool, progress
+        self._added = [label.spec.name for label in manifest.schema.labels if label.added]
         self._findings: list[Finding] = []
         self._damaged: set[str] = set()
         self._files = self._bytes = self._failed = self._pending = self._samples = 0
@@ -158,16 +160,23 @@ class _Check:
                 if not wanted:
                     continue
                 own = ids[partition.start : partition.stop]
-                try:
-                    record = read_record(self._root, partition, self._manifest.fingerprint, own)
-                except (MMDiffError, OSError) as error:
-                    self._find(record_path(partition), str(error))
-                    continue
-                states = [entry.state for entry in record.samples[:wanted]] if record is not None else []
-                self._failed += states.count("failed")
-                self._pending += wanted - len(states)
-                if record is not None:
-                    yield record
+                for label_set in (None, *self._added):
+                    try:
+                        record = read_record(
+                            self._root, partition, self._manifest.fingerprint, own, label_set
+                        )
+                    except (MMDiffError, OSError) as error:
+                        self._find(record_path(partition, label_set), str(error))
+                        continue
+                    if label_set is None:
+                        self._count(record, wanted)
+                    if record is not None:
+                        yield record
+
+    def _count(self, record: Record | None, wanted: int) -> None:
+        states = [entry.state for entry in record.samples[:wanted]] if record is not None else []
+        self._failed += states.count("failed")
+        self._pending += wanted - len(states)
 
     def _wanted(self, partition: Partition) -> int:
         """How many samples of a partition are looked at, from its start."""
@@ -183,7 +192,7 @@ class _Check:
             self._bytes += entry.size
             self._report(number, len(entries), "files")
             if fault is not None:
-                self._damaged.add(record.name)
+                self._damage(record)
                 yield self._find(entry.path, fault)
 
     def _entries(self, record: Record) -> Iterable[FileEntry]:
@@ -216,14 +225,18 @@ class _Check:
             for n, entry in enumerate(record.samples)
             if entry.state == "done" and (self._limit is None or record.start + n < self._limit)
         ]
-        for number, (sample, fault) in enumerate(
-            zip(done, self._pool.map(partial(_sample_fault, reader, damaged), done), strict=True), 1
-        ):
-            self._samples += 1
+        look = partial(_sample_fault, reader, damaged, record.label_set)
+        for number, (sample, fault) in enumerate(zip(done, self._pool.map(look, done), strict=True), 1):
+            self._samples += record.label_set is None
             self._report(number, len(done), f"values of {record.name}")
             if fault is not None:
-                self._damaged.add(record.name)
+                self._damage(record)
                 self._find(f"sample {reader.ids[sample]!r} of {record.split}", fault)
+
+    def _damage(self, record: Record) -> None:
+        """Note what has to be extracted again; a label set that was added later has another source."""
+        if record.label_set is None:
+            self._damaged.add(record.name)
 
     def _find(self, where: str, reason: str) -> str:
         self._findings.append(Finding(where=where, reason=reason))
@@ -234,15 +247,18 @@ class _Check:
             self._progress(done, total, state)
 
 
-def _sample_fault(reader: SplitReader, damaged: set[str], sample: int) -> str | None:
-    """What is wrong with the values of one sample, in words; None where all is well, or known already."""
+def _sample_fault(reader: SplitReader, damaged: set[str], label_set: str | None, sample: int) -> str | None:
+    """What is wrong with the values of one sample, in words; None where all is well, or known already.
+
+    With a label set, what is wrong with that label alone.
+    """
     checks: tuple[Callable[[SplitReader, int], str | None], ...] = (
         _wrong_identity,
         _wrong_features,
         _wrong_concepts,
         _wrong_labels,
     )
-    for check in checks:
+    for check in checks if label_set is None else (partial(_wrong_label, name=label_set),):
         try:
             fault = check(reader, sample)
         except MMDiffError as error:
@@ -308,18 +324,14 @@ def _wrong_concepts(reader: SplitReader, sample: int) -> str | None:
 
 
 def _wrong_labels(reader: SplitReader, sample: int) -> str | None:
-    for name, spec in reader.label_specs.items():
-        for values in (reader.labels(name, [sample])[0], reader.original_label(name, sample)):
-            stray = _stray_id(values, spec)
-            if stray is not None:
-                return f"label {name} has the value {stray}, which is no class"
+    own = (name for name in reader.label_specs if name not in reader.added_labels)
+    faults = (_wrong_label(reader, sample, name) for name in own)
+    return next((fault for fault in faults if fault is not None), None)
+
+
+def _wrong_label(reader: SplitReader, sample: int, name: str) -> str | None:
+    for values in (reader.labels(name, [sample])[0], reader.original_label(name, sample)):
+        stray = stray_id(values, reader.label_specs[name])
+        if stray is not None:
+            return f"label {name} has the value {stray}, which is no class"
     return None
-
-
-def _stray_id(values: NDArray[Any], spec: LabelSpec) -> int | None:
-    """An id that is neither a class nor the one to ignore; depths may be anything."""
-    if spec.kind == "depth":
-        return None
-    known = values < (len(spec.classes) if spec.kind == "classes" else 2)
-    stray = values[~(known if spec.ignore is None else known | (values == spec.ignore))]
-    return int(stray.flat[0]) if stray.size else None

@@ -195,7 +195,7 @@ def _check_fit(writer: StoreWriter, differences: list[Difference]) -> None:
 def _can_finish(writer: StoreWriter, partition: Partition) -> bool:
     """Whether a run of what is asked gives exactly the values that the stored plan has for this partition."""
     asked = len(writer.asked.splits[partition.split])
-    return writer.asked.schema == writer.manifest.schema and partition.stop <= asked
+    return writer.asked.schema == writer.manifest.schema.extracted and partition.stop <= asked
 
 
 def _log(root: Path, asked: Manifest) -> None:

@@ -87,10 +87,12 @@ class Setup:
 
 def set_up(config: TrainConfig) -> Setup:
     """Open the store of a resolved configuration and split its training samples."""
-    task, store = find_task(config.task), open_store(config.stores[0])
+    task, store = find_task(config.task, config.label), open_store(config.stores[0])
     reader = store[TRAIN_SPLIT]
-    label = label_spec(reader, task.label)
-    kept, held = split_samples(training_samples(reader, config.limit), config.holdout, config.seed)
+    label = label_spec(reader, task)
+    kept, held = split_samples(
+        training_samples(reader, config.limit, task.label), config.holdout, config.seed
+    )
     samples = open_dataset(config, store, TRAIN_SPLIT, kept, share=1 - config.holdout)
     return Setup(
         config=config,
@@ -114,7 +116,7 @@ def open_dataset(
         layers=config.layers,
         timesteps=config.timesteps,
         concepts=config.concepts,
-        labels=(find_task(config.task).label,),
+        labels=(find_task(config.task, config.label).label,),
         source=config.source,
         discriminative=config.discriminative,
         indices=indices,
@@ -142,7 +144,7 @@ def split_samples(
 
 def make_spec(config: TrainConfig, samples: CachedFeatureDataset, label: LabelSpec) -> Spec:
     """The shape of the model that fits these samples."""
-    task, schema = find_task(config.task), samples.store.manifest.schema
+    task, schema = find_task(config.task, config.label), samples.store.manifest.schema
     depth = typical_depth(samples, label) if task.output == "depth" else 1.0
     if config.source == "images":
         if any(side % PIXELS_MULTIPLE for side in schema.image_size):

@@ -47,7 +47,7 @@ def evaluate(
     belongs to another store, StoreError for a store that cannot be read.
     """
     run = load_run(run)
-    opened, task = store_of(run, store), find_task(run.config.task)
+    opened, task = store_of(run, store), find_task(run.config.task, run.config.label)
     split = _pick_split(opened, split)
     if with_trained_baselines:
         train_baselines(run, opened, progress)
@@ -69,6 +69,7 @@ def evaluate(
     result = Evaluation(
         run=str(run.path),
         task=task.name,
+        label=task.label,
         data_set=fitting.data_set,
         split=split,
         samples=len(dataset),
@@ -91,8 +92,8 @@ def evaluate(
 
 def _fitting(run: Run, store: Store, dataset: CachedFeatureDataset) -> Fitting:
     """What the label-free baselines may look at: the labels that the run was trained on."""
-    task = find_task(run.config.task)
-    samples = training_samples(store[TRAIN_SPLIT], run.config.limit)
+    task = find_task(run.config.task, run.config.label)
+    samples = training_samples(store[TRAIN_SPLIT], run.config.limit, task.label)
     kept, _ = split_samples(samples, run.config.holdout, run.config.seed)
     return Fitting(
         task=task,

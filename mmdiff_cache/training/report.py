@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mmdiff_cache.tasks import SUBSETS, find_task
+from mmdiff_cache.tasks import SUBSETS
 
 ORACLE = "oracle"
 """Rule of the prompts that name the objects of the picture."""
@@ -17,6 +17,8 @@ class Evaluation:
 
     run: str
     task: str
+    label: str
+    """The label set that it was scored on."""
     data_set: str
     split: str
     samples: int
@@ -76,7 +78,7 @@ def _columns(result: Evaluation) -> list[str]:
     numbers = [
         key for key, value in result.scores.items() if isinstance(value, float) and key != result.headline
     ]
-    subset = SUBSETS.get((result.data_set, find_task(result.task).label))
+    subset = SUBSETS.get((result.data_set, result.label))
     outside = [name for name in result.scores.get("iou", {}) if subset is not None and name not in subset[1]]
     return [result.headline, *outside, *numbers]
 

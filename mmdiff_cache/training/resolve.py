@@ -56,10 +56,10 @@ def resolve(config: TrainConfig) -> TrainConfig:
     Raises ConfigError for what the task or the store does not offer, StoreError for a store that cannot be
     read.
     """
-    task = find_task(config.task)
+    task = find_task(config.task, config.label)
     store = open_store(find_store(config, task))
     reader = store[TRAIN_SPLIT]
-    label_spec(reader, task.label)
+    label_spec(reader, task)
     batch_size = config.batch_size or task.batch_size
     width = config.aggregator.width or default_width(reader.channels)
     return replace(
@@ -109,12 +109,16 @@ def _has_labels(store: Store, label: str) -> bool:
     return TRAIN_SPLIT in store.splits and label in store[TRAIN_SPLIT].label_specs
 
 
-def label_spec(reader: SplitReader, label: str) -> LabelSpec:
-    """What the values of a label set mean. Raises ConfigError if the store has no such labels."""
-    if label not in reader.label_specs:
-        stored = ", ".join(reader.label_specs) or "none"
-        raise ConfigError(f"{reader.path} has no labels {label!r}; stored: {stored}")
-    return reader.label_specs[label]
+def label_spec(reader: SplitReader, task: Task) -> LabelSpec:
+    """What the values of a task's labels mean. Raises ConfigError if there are none, or of another kind."""
+    specs = reader.label_specs
+    if task.label not in specs:
+        stored = ", ".join(f"{name} ({spec.kind})" for name, spec in specs.items()) or "none"
+        raise ConfigError(f"{reader.path} has no labels {task.label!r}; stored: {stored}")
+    spec = specs[task.label]
+    if spec.kind != task.kind:
+        raise ConfigError(f"task {task.name} needs labels of kind {task.kind}, {spec.name!r} are {spec.kind}")
+    return spec
 
 
 def default_width(channels: int) -> int:
@@ -135,13 +139,13 @@ def pick_device(name: str) -> str:
     return name
 
 
-def training_samples(reader: SplitReader, limit: int | None) -> tuple[int, ...]:
-    """Positions of the training samples that may be used: the first `limit`, less those that failed.
+def training_samples(reader: SplitReader, limit: int | None, label: str) -> tuple[int, ...]:
+    """Positions of the training samples that may be used: of the first `limit` those with features and label.
 
     Raises StoreIncomplete naming the first sample among them that was never finished.
     """
     wanted = range(min(len(reader), limit or len(reader)))
-    return usable_samples(reader, wanted)
+    return usable_samples(reader, wanted, (label,))
 
 
 def _in_stored_order(stored: tuple[T, ...], chosen: Iterable[int]) -> tuple[T, ...]:
@@ -177,5 +181,5 @@ def _aggregator(config: TrainConfig, width: int) -> AggregatorConfig:
 
 def _steps(config: TrainConfig, task: Task, reader: SplitReader, batch_size: int) -> int:
     """The task's epochs over the samples that are trained on."""
-    samples = len(training_samples(reader, config.limit))
+    samples = len(training_samples(reader, config.limit, task.label))
     return max(1, math.ceil(task.epochs * samples * (1 - config.holdout) / batch_size))

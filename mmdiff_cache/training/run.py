@@ -72,7 +72,7 @@ class Run:
             f"  {self.config.task} on {self.origin['dataset']}, features of {self.origin['backbone']}, "
             f"{filled(self.config.steps)} steps of {self.config.batch_size}, {state}",
         ]
-        name = headline(find_task(self.config.task), self.origin["dataset"])
+        name = headline(find_task(self.config.task, self.config.label), self.origin["dataset"])
         for weights, scores in self.scores.items():
             value = scores.get(name)
             lines.append(

@@ -120,7 +120,7 @@ def make_features(schema: StoreSchema, ids: list[str]) -> FeatureBatch:
 
 
 def write_partition(writer: StoreWriter, partition, batch: int = 2, failing: tuple[str, ...] = ()) -> None:
-    schema, ids = writer.manifest.schema, writer.manifest.splits[partition.split]
+    schema, ids = writer.manifest.schema.extracted, writer.manifest.splits[partition.split]
     with writer.begin(partition) as target:
         for offset in range(0, partition.size, batch):
             names = list(
