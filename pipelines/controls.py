@@ -4,8 +4,8 @@
     python pipelines/controls.py --work controls-quick --quick    # minutes: only to see that it runs
 
 Every row is the same training (samples, batches, steps, seeds, decoder, loss) on other features: four
-timesteps of the trained backbone, each timestep alone, four timesteps of a backbone of the same shape with
-random weights, the clean VAE latent. The working folder gets results.jsonl (one line a training; what has
+timesteps of the trained backbone, the same as int8, each timestep alone, four timesteps of a backbone of the
+same shape with random weights, the clean VAE latent. The working folder gets results.jsonl (one line a training; what has
 one is not trained again), table.md and loss-<task>.png; docs/experiments.md says what came out.
 """
 
@@ -31,6 +31,7 @@ import mmdiff_cache as mm
 from mmdiff_cache.backbones.registry import BACKBONES
 from mmdiff_cache.flux_scenes.build import load_pipeline, save_pipeline
 from mmdiff_cache.flux_scenes.curves import draw_lines
+from mmdiff_cache.store.convert import Selection, convert, plan_conversion
 from mmdiff_cache.store.reader import open_store
 from mmdiff_cache.tasks import better, find_task, headline
 from mmdiff_cache.training.baselines import on_latents
@@ -45,7 +46,7 @@ DATASET, BACKBONE = "scenes", "flux-scenes"
 TASKS = ("segmentation", "saliency", "depth")
 FOUR = (0.78, 0.52, 0.26, 0.001)
 NINE = (0.9, 0.78, 0.64, 0.52, 0.35, 0.26, 0.15, 0.05, 0.001)
-TRAINED, RANDOM = "trained", "random"
+TRAINED, RANDOM, INT8 = "trained", "random", "int8"
 FULL, SINGLE = "four timesteps", "t = {:g}"
 SHOWN = ("task", "row", "seed", "val", "test")
 
@@ -81,6 +82,7 @@ def row_configs(task: str, size: Size, seed: int, work: Path) -> dict[str, mm.Tr
     )
     rows = {
         FULL: full,
+        "four timesteps, int8": replace(full, stores=(str(work / INT8),)),
         "random backbone": replace(full, stores=(str(work / RANDOM),)),
         "VAE latent": on_latents(full),
         **{SINGLE.format(t): replace(full, timesteps=(t,)) for t in NINE},
@@ -103,8 +105,8 @@ def randomised(work: Path) -> Path:
     return folder
 
 
-def extract_both(size: Size, work: Path) -> None:
-    """The stores of the trained and of the random backbone."""
+def make_stores(size: Size, work: Path) -> None:
+    """The stores of the trained and of the random backbone, and the trained one's four timesteps as int8."""
     trained = mm.ExtractConfig(
         dataset=DATASET,
         backbone=BACKBONE,
@@ -117,6 +119,7 @@ def extract_both(size: Size, work: Path) -> None:
         plan = mm.plan(config)
         log.info("stage one\n%s", plan)
         mm.extract(plan)
+    convert(plan_conversion(work / TRAINED, work / INT8, Selection(timesteps=FOUR, codec="int8")))
 
 
 def train_and_score(config: mm.TrainConfig, row: str) -> dict[str, Any]:
@@ -245,7 +248,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     size, work = QUICK if asked.quick else WHOLE, asked.work.absolute()
     work.mkdir(parents=True, exist_ok=True)
-    extract_both(size, work)
+    make_stores(size, work)
     write_report(train_all(size, work, asked.results or work / "results.jsonl", asked.workers), work)
 
 
