@@ -5,8 +5,9 @@
 
 Every row is the same training (samples, batches, steps, seeds, decoder, loss) on other features: four
 timesteps of the trained backbone, the same as int8, each timestep alone, four timesteps of a backbone of the
-same shape with random weights, the clean VAE latent. The working folder gets results.jsonl (one line a training; what has
-one is not trained again), table.md and loss-<task>.png; docs/experiments.md says what came out.
+same shape with random weights, the clean VAE latent. The working folder gets results.jsonl (one line a
+training; what has one is not trained again), table.md and loss-<task>.png; docs/experiments.md says what came
+out.
 """
 
 import argparse
@@ -182,7 +183,11 @@ def train_all(size: Size, work: Path, results: Path, workers: int) -> list[dict[
                 else:
                     found.append(line)
         for number, future in enumerate(as_completed(waiting), 1):
-            line = future.result()
+            try:
+                line = future.result()
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)  # or the rest would be trained for nothing
+                raise
             with results.open("a") as file:
                 file.write(json.dumps(line) + "\n")
             log.info("%d of %d: %s", number, len(waiting), {name: line[name] for name in SHOWN})

@@ -4,7 +4,6 @@ Nothing is deleted before its replacement is there: a partition's old record and
 are durable. The result has the bytes of a store that was never damaged.
 """
 
-import logging
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -14,13 +13,9 @@ from mmdiff_cache.errors import DamageError, StoreError
 from mmdiff_cache.extraction.plan import plan
 from mmdiff_cache.extraction.run import extract
 from mmdiff_cache.records import Progress
-from mmdiff_cache.store.files import make_folders, storage_errors, write_durably
-from mmdiff_cache.store.lock import StoreLock
-from mmdiff_cache.store.manifest import MANIFEST, Manifest, read_manifest
-from mmdiff_cache.store.metadata import split_files
+from mmdiff_cache.store.growth import restore_metadata
+from mmdiff_cache.store.manifest import MANIFEST, read_manifest
 from mmdiff_cache.store.verify import Verification, verify
-
-logger = logging.getLogger(__name__)
 
 
 def repair(path: str | os.PathLike[str], progress: Progress | None = None) -> Verification:
@@ -40,31 +35,7 @@ def repair(path: str | os.PathLike[str], progress: Progress | None = None) -> Ve
             f"{error}; only the manifest says what the store should hold, so it cannot be repaired: restore "
             f"{MANIFEST} from a copy (every run folder has one, store.json), or extract into another folder"
         ) from error
-    _rewrite_metadata(root, manifest)
+    restore_metadata(root)
     config = replace(ExtractConfig.from_json(manifest.config), store=str(root))
     extract(plan(config, manifest.splits), progress, redo=found.partitions)
     return verify(root, progress=progress)
-
-
-def _rewrite_metadata(root: Path, manifest: Manifest) -> None:
-    """Write the metadata files that are not what they were; they follow from the manifest alone."""
-    with storage_errors(root):
-        make_folders(root / "staging")
-        lock = StoreLock(root)
-    try:
-        for split in manifest.splits:
-            for name, data in split_files(manifest, split).items():
-                if _is(root / name, data):
-                    continue
-                logger.warning("%s is written again", root / name)
-                with storage_errors(root):
-                    write_durably(root, {name: data})
-    finally:
-        lock.release()
-
-
-def _is(file: Path, data: bytes) -> bool:
-    try:
-        return file.read_bytes() == data
-    except OSError:
-        return False

@@ -5,15 +5,19 @@ the store for writing completes it, and readers take a metadata file for sound w
 for it. Data that is there is not touched; what is new has no record yet.
 """
 
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from .files import fsync_folders, write_durably
+from .files import STAGING, fsync_folders, make_folders, storage_errors, write_durably
+from .lock import StoreLock
 from .manifest import MANIFEST, NEXT_MANIFEST, Manifest, encode_manifest, read_manifest, with_metadata
 from .metadata import split_files
 from .schema import LabelArray
+
+logger = logging.getLogger(__name__)
 
 
 def with_samples_of(stored: Manifest, asked: Manifest) -> Manifest:
@@ -50,6 +54,26 @@ def finish_growth(root: Path) -> None:
         _complete(root, _metadata(read_manifest(root, NEXT_MANIFEST)))
 
 
+def restore_metadata(root: Path) -> None:
+    """Write the metadata files that are not what they were; they follow from the manifest alone.
+
+    Raises StoreError when somebody is writing the store, StorageError when it cannot be written.
+    """
+    with storage_errors(root):
+        make_folders(root / STAGING)
+        lock = StoreLock(root)
+    try:
+        with storage_errors(root):
+            finish_growth(root)
+            files = _metadata(read_manifest(root))
+            harmed = {name: data for name, data in files.items() if not _holds(root / name, data)}
+            for name in harmed:
+                logger.warning("%s is written again", root / name)
+            write_durably(root, harmed)
+    finally:
+        lock.release()
+
+
 def _metadata(manifest: Manifest) -> dict[str, bytes]:
     return {name: data for split in manifest.splits for name, data in split_files(manifest, split).items()}
 
@@ -61,4 +85,7 @@ def _complete(root: Path, files: Mapping[str, bytes]) -> None:
 
 
 def _holds(file: Path, data: bytes) -> bool:
-    return file.exists() and file.read_bytes() == data
+    try:
+        return file.read_bytes() == data
+    except OSError:
+        return False

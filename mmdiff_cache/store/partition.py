@@ -4,6 +4,8 @@ Everything is staged and made durable first. Only `commit` touches the store, in
 any moment leave either no record or a true one.
 """
 
+import json
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -23,6 +25,8 @@ from .metadata import chunk_key
 from .quantise import quantise
 from .records import Partition, Record, SampleEntry, encode_record, read_record, record_path
 from .staging import Staging
+
+logger = logging.getLogger(__name__)
 
 
 class PartitionWriter:
@@ -92,6 +96,7 @@ class PartitionWriter:
             )
             self._check_kept(record)
             self._staging.publish(record_path(self.partition), encode_record(record), self._failed_shards())
+        self._list_failures(record)
         return record
 
     def abort(self) -> None:
@@ -168,6 +173,19 @@ class PartitionWriter:
                     f"sample {now.sample_id!r} was finished before and {what}; nothing was changed: bring "
                     f"back its source, or delete {self.root / record_path(self.partition)} to give it up"
                 )
+
+    def _list_failures(self, record: Record) -> None:
+        """A file for people, failures/<partition>.jsonl; a partition without failures has none."""
+        failed = [entry for entry in record.samples if entry.state == "failed"]
+        file = self.root / "failures" / f"{self.partition.name}.jsonl"
+        lines = [json.dumps({"sample_id": entry.sample_id, "reason": entry.reason}) for entry in failed]
+        try:
+            if failed:
+                file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+            else:
+                file.unlink(missing_ok=True)
+        except OSError as error:
+            logger.warning("cannot list the failed samples in %s: %s", file, error)
 
     def _failed_shards(self) -> Iterator[str]:
         """Where the hidden states of samples that fail now may lie from before."""

@@ -144,6 +144,8 @@ def test_a_picture_that_is_cut_off_fails_alone_and_by_name(config: ExtractConfig
     assert store["all"].finished == (0, 1, 3, 4)
     assert list(store["all"].failed) == [2]
     assert "2.png: cannot be decoded" in store["all"].failed[2]
+    (listed,) = (store.path / "failures" / "all-000001.jsonl").read_text().splitlines()
+    assert json.loads(listed) == {"sample_id": "2.png", "reason": store["all"].failed[2]}
     np.testing.assert_array_equal(features(store, "all", [0, 1, 3, 4]), features(whole, "all", [0, 1, 3, 4]))
     (pictures / "2.png").write_bytes(content)
     assert extract(mended).samples_done == 5

@@ -17,7 +17,7 @@ FEATURES = {"stores", "timesteps", "source", "run"}
 @pytest.mark.parametrize("task", controls.TASKS)
 def test_rows_differ_in_their_features_alone(task: str, tmp_path: Path) -> None:
     rows = controls.row_configs(task, controls.WHOLE, 1, tmp_path)
-    assert len(rows) == 3 + len(controls.NINE)
+    assert len(rows) == 4 + len(controls.NINE)
     reference = rows[controls.FULL]
     for config in rows.values():
         for field in dataclasses.fields(TrainConfig):
@@ -33,7 +33,7 @@ def test_the_script_runs_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(sys, "argv", ["controls.py", "--work", str(tmp_path), "--workers", "2", "--quick"])
     controls.main()
     lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
-    rows = 3 + len(controls.NINE)
+    rows = 4 + len(controls.NINE)
     assert len(lines) == rows * len(controls.TASKS) * len(controls.QUICK.seeds)
     full, random = (
         next(line for line in lines if line["row"] == row and line["task"] == "depth")
