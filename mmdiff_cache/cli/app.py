@@ -13,7 +13,7 @@ import typer
 
 from mmdiff_cache import __version__
 from mmdiff_cache.cli import everyday, store_commands
-from mmdiff_cache.cli.console import err, fail, out
+from mmdiff_cache.cli.console import clean, err, fail, out
 from mmdiff_cache.errors import MMDiffError, StorageError, StorageRefused
 
 INTERRUPTED = 130
@@ -79,11 +79,19 @@ store_commands.labels.command(name="add")(_interruptible(store_commands.add))
 app.add_typer(store_commands.labels, name="labels", rich_help_panel=STORE)
 
 
+class _CleanFormatter(logging.Formatter):
+    """Log lines name files and samples, whose names may hold anything."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return clean(super().format(record))
+
+
 def main() -> None:
     """The console script."""
     handler = logging.StreamHandler()
+    handler.setFormatter(_CleanFormatter("%(levelname)s: %(message)s"))
     handler.setLevel(logging.WARNING)  # on the handler, so that a run's own log file may hold more
-    logging.basicConfig(handlers=[handler], format="%(levelname)s: %(message)s")
+    logging.basicConfig(handlers=[handler])
     for variable in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
         os.environ.setdefault(variable, "error")  # their advice on image processors that are never used
     sys.exit(run(sys.argv[1:]))

@@ -34,7 +34,7 @@ def read_file(kind: type[C], verb: str, file: Path) -> C:
         return _from_recipe(kind, verb, file)
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{file} is not JSON: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{file} must hold one JSON object with the fields of {kind.__name__}")

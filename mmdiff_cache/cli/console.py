@@ -4,6 +4,7 @@ import json
 import math
 import shlex
 import sys
+import unicodedata
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any
@@ -30,27 +31,39 @@ Advance = Callable[[int, int, str], None]
 """Called with what is done, the total, and a few words on the present state."""
 
 
+def clean(text: str) -> str:
+    """Text from files without characters that steer a terminal; line breaks and tabs stay."""
+    return "".join(
+        c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cf") else "\ufffd" for c in text
+    )
+
+
+def safe(text: str) -> str:
+    """Text from files as markup that shows it as it is."""
+    return escape(clean(text))
+
+
 def say(text: str) -> None:
     """Print text as it is: square brackets in names are not markup, long paths are not broken."""
-    out.print(text, markup=False, soft_wrap=True)
+    out.print(clean(text), markup=False, soft_wrap=True)
 
 
 def fail(message: str) -> None:
     """One red line on standard error; further lines of the message are lines to type, printed as they are."""
     first, _, lines = message.partition("\n")
-    err.print(f"[bold red]error:[/] [red]{escape(first)}[/]", soft_wrap=True)
+    err.print(f"[bold red]error:[/] [red]{safe(first)}[/]", soft_wrap=True)
     if lines:
-        err.print(lines, markup=False, soft_wrap=True)
+        err.print(clean(lines), markup=False, soft_wrap=True)
 
 
 def warn(message: str) -> None:
     """One yellow line on standard error."""
-    err.print(f"[bold yellow]warning:[/] {escape(message)}", soft_wrap=True)
+    err.print(f"[bold yellow]warning:[/] {safe(message)}", soft_wrap=True)
 
 
 def next_command(*words: str) -> None:
     """Close a command with the line to type next."""
-    out.print(f"\n[dim]next:[/]  [bold]{escape(shlex.join(words))}[/]", soft_wrap=True)
+    out.print(f"\n[dim]next:[/]  [bold]{safe(shlex.join(words))}[/]", soft_wrap=True)
 
 
 def print_json(value: Any) -> None:
@@ -87,6 +100,6 @@ def progress_bar(verb: str) -> Generator[Advance]:
         task = bar.add_task(verb, total=None, state="")
 
         def advance(done: int, total: int, state: str = "") -> None:
-            bar.update(task, completed=done, total=total, state=escape(state))
+            bar.update(task, completed=done, total=total, state=safe(state))
 
         yield advance

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.markup import escape
 from rich.table import Table
 
-from mmdiff_cache.cli.console import next_command, out, print_json, say
+from mmdiff_cache.cli.console import next_command, out, print_json, safe, say
 from mmdiff_cache.config import data_folder
 from mmdiff_cache.store.reader import open_store
 from mmdiff_cache.store.summary import (
@@ -39,7 +38,7 @@ def show_stores(*, as_json: bool) -> None:
         "store", "data set", "backbone", "splits", "layers x t", "samples", "on disk", "raw/disk", "age"
     )
     for entry in entries:
-        table.add_row(*map(escape, _cells(entry)))
+        table.add_row(*map(safe, _cells(entry)))
     out.print(table)
     usable = next((entry for entry in entries if entry.fault is None), None)
     if usable is not None:
@@ -88,7 +87,7 @@ def _table(*columns: str) -> Table:
 
 
 def _print(title: str, table: Table) -> None:
-    out.print(f"\n[bold]{escape(title)}[/]")
+    out.print(f"\n[bold]{safe(title)}[/]")
     out.print(table)
 
 
@@ -112,7 +111,7 @@ def _cells(entry: StoreEntry) -> list[str]:
 def _facts(facts: dict[str, Any]) -> Table:
     table = Table(box=None, pad_edge=False, show_header=False)
     for name, value in facts.items():
-        table.add_row(f"[dim]{escape(name)}[/]", escape(str(value)))
+        table.add_row(f"[dim]{safe(name)}[/]", safe(str(value)))
     return table
 
 
@@ -120,7 +119,7 @@ def _samples(summary: StoreSummary) -> Table:
     table = _table("split", "done", "planned", "failed", "pending")
     for split, states in summary.splits.items():
         table.add_row(
-            escape(split),
+            safe(split),
             f"{states.done:,}",
             f"{states.planned:,}",
             f"{states.failed:,}",
@@ -133,20 +132,20 @@ def _samples(summary: StoreSummary) -> Table:
 
 def _reasons(states: SplitStates, most: int = 5) -> list[str]:
     lines = [f"{sample}: {reason}" for sample, reason in list(states.reasons.items())[:most]]
-    return [escape(line) for line in lines]
+    return [safe(line) for line in lines]
 
 
 def _arrays(arrays: Sequence[ArraySummary]) -> Table:
     table = _table("array", "type", "axes", "shape", "chunk", "shard", "codecs", "on disk", "raw/disk")
     for array in arrays:
         table.add_row(
-            escape(array.path),
+            safe(array.path),
             array.dtype,
             " ".join(array.dims),
             _sides(array.shape),
             _sides(array.chunk),
             "" if array.shard is None else _sides(array.shard),
-            escape(array.codec),
+            safe(array.codec),
             show_bytes(array.disk_bytes),
             "" if array.ratio is None else f"{array.ratio:.2f}",
         )
@@ -162,7 +161,7 @@ def _maps(maps: Sequence[MapStatistics]) -> Table:
     for entry in maps:
         table.add_row(
             f"{entry.timestep:g}",
-            escape(entry.layer),
+            safe(entry.layer),
             f"{entry.mean:.4f}",
             f"{entry.rms:.4f}",
             f"{entry.max_abs:.4g}",
@@ -181,7 +180,5 @@ def _labels(labels: Sequence[LabelStatistics]) -> Table:
         metres = (
             "" if label.low is None else f"{label.low:.2f} to {label.high:.2f} m, mean {label.mean:.2f} m; "
         )
-        table.add_row(
-            escape(label.name), label.kind, escape(label.split), f"{label.samples:,}", metres + shares
-        )
+        table.add_row(safe(label.name), label.kind, safe(label.split), f"{label.samples:,}", metres + shares)
     return table

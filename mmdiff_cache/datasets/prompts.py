@@ -87,7 +87,7 @@ def _parse_line(raw: bytes, where: str) -> tuple[str, str]:
         values: Any = json.loads(raw.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise DataError(f"{where}: not UTF-8 (byte {error.start + 1}); save the file as UTF-8") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: not JSON ({error})") from error
     match values:
         case {"sample_id": str(sample_id), "prompt": str(prompt)} if len(values) == 2:

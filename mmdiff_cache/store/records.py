@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from mmdiff_cache.errors import DamageError
@@ -121,7 +121,7 @@ def unseal(data: bytes, name: str) -> dict[str, Any]:
     """The document that `seal` wrote, less its hash. Raises DamageError when it is not what was written."""
     try:
         body = json.loads(data)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise DamageError(f"{name} is not JSON: it was cut or overwritten") from None
     if not isinstance(body, dict) or "sha256" not in body:
         raise DamageError(f"{name} has no sha256 of itself: it was not written by this format")
@@ -178,6 +178,9 @@ def read_record(
             f"{path} is the record of {place}, samples to {record.stop}, not of {expected}, "
             f"samples to {partition.stop}"
         )
+    stray = next((entry.path for entry in record.files if not _is_of(entry.path, partition.split)), None)
+    if stray is not None:
+        raise DamageError(f"{path} lists {stray!r}, which is no file of split {partition.split}")
     if record.identity != identity:
         raise DamageError(
             f"{path} was written under another identity ({record.identity[:12]}, not {identity[:12]})"
@@ -185,6 +188,11 @@ def read_record(
     if [sample.sample_id for sample in record.samples] != list(ids[: record.stop - record.start]):
         raise DamageError(f"{path} lists other samples than the manifest does")
     return record
+
+
+def _is_of(name: str, split: str) -> bool:
+    parts = PurePosixPath(name).parts
+    return len(parts) > 2 and parts[0] == f"{split}.zarr" and ".." not in parts
 
 
 def record_path(partition: Partition, label_set: str | None = None) -> str:

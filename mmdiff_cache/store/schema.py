@@ -12,6 +12,10 @@ from mmdiff_cache.records import LabelSpec
 from .arrays import arrays, hidden_states
 
 FORMAT_VERSION = 1
+LARGEST_CHUNK = 2**31 - 2**20
+"""Bytes of one map."""
+LARGEST_PICTURE = 100_000_000
+"""Pixels of a picture or a label map."""
 
 RATIOS: Mapping[tuple[str, str], float] = {
     ("zstd", "bfloat16"): 1.40,
@@ -109,8 +113,16 @@ class StoreSchema(Config):
                 check_name(name, what)
             if len(set(names)) != len(names):
                 raise ConfigError(f"{what} names must be distinct, got {names}")
+        if 2 * math.prod(self.grid) * self.channels > LARGEST_CHUNK:
+            raise ConfigError(
+                f"a map of {list(self.grid)} tokens and {self.channels} channels has more than the 2 GiB "
+                "that Blosc can encode"
+            )
         for label in self.labels:
             _check_positive(f"canvas of {label.spec.name}", *label.canvas, length=2)
+        for size in (self.image_size, *(label.canvas for label in self.labels)):
+            if math.prod(size) > LARGEST_PICTURE:
+                raise ConfigError(f"pictures and labels have at most {LARGEST_PICTURE:,} pixels, got {size}")
         for vocabulary in self.vocabularies:
             _check_vocabulary(vocabulary)
 

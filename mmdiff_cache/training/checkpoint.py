@@ -95,14 +95,22 @@ def read_header(path: Path) -> Header:
         text = (file.metadata() or {}).get("mmdiff_cache")
     if text is None:
         raise CheckpointError(f"{path} has no mmdiff_cache header: it is not a checkpoint of this package")
-    values = json.loads(text)
-    version = values.pop("format_version")
+    try:
+        values = dict(json.loads(text))
+        version = values.pop("format_version")
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise CheckpointError(f"{path} has a header that cannot be read: {error!r}") from error
     if version != FORMAT_VERSION:
         raise CheckpointError(
             f"{path} has checkpoint version {version}, this mmdiff-cache reads version {FORMAT_VERSION}; "
             "use the release that wrote it"
         )
-    return Header(**values)
+    try:
+        return Header(**values)
+    except TypeError as error:
+        raise CheckpointError(
+            f"{path} has a header with other fields than this package's: {error}"
+        ) from error
 
 
 def read_group(path: Path, group: str) -> dict[str, Tensor]:
@@ -126,21 +134,30 @@ def _open(path: Path) -> safe_open:
         raise CheckpointError(f"{path} cannot be read: {error}; it was cut or overwritten") from error
 
 
-def load_weights(model: torch.nn.Module, path: Path, group: str) -> None:
-    """Fill a model from a group of a checkpoint. Raises CheckpointError naming a tensor that does not fit."""
-    tensors, wanted = read_group(path, group), model.state_dict()
-    for name in sorted(tensors.keys() ^ wanted.keys()):
+def check_shapes(model: torch.nn.Module, path: Path, group: str) -> None:
+    """Raise CheckpointError unless a group has the model's tensors. The model may be a `meta` one."""
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    with _open(path) as file:
+        names = [name for name in file.keys() if name.startswith(f"{group}/")]  # noqa: SIM118 - not a dict
+        found = {name.removeprefix(f"{group}/"): tuple(file.get_slice(name).get_shape()) for name in names}
+    if not found:
+        raise CheckpointError(f"{path} holds no {group!r} weights")
+    for name in sorted(found.keys() ^ wanted.keys()):
         where = "the checkpoint" if name in wanted else "the model"
         raise CheckpointError(
             f"{path}: {where} has no tensor {name!r}; it was trained with another configuration"
         )
-    for name, tensor in tensors.items():
-        if tensor.shape != wanted[name].shape:
+    for name, shape in found.items():
+        if shape != wanted[name]:
             raise CheckpointError(
-                f"{path}: tensor {name!r} has shape {tuple(tensor.shape)}, "
-                f"the model needs {tuple(wanted[name].shape)}"
+                f"{path}: tensor {name!r} has shape {shape}, the model needs {wanted[name]}"
             )
-    model.load_state_dict(tensors)
+
+
+def load_weights(model: torch.nn.Module, path: Path, group: str) -> None:
+    """Fill a model from a group of a checkpoint. Raises CheckpointError naming a tensor that does not fit."""
+    check_shapes(model, path, group)
+    model.load_state_dict(read_group(path, group))
 
 
 def pack_optimiser(optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -112,8 +112,11 @@ def model_for_run(run: "Run | str | Path", weights: str = EMA) -> Model:
         raise ConfigError(f"weights must be one of {', '.join(WEIGHTS)}, got {weights!r}")
     name, group = WEIGHTS[weights]
     path = load_run(run).path / name
+    spec = spec_from_json(checkpoint.read_header(path).spec)
+    with torch.device("meta"):  # a spec that asks for more than the file holds costs no memory
+        checkpoint.check_shapes(build_model(spec), path, group)
     with own_random_state():
-        model = build_model(spec_from_json(checkpoint.read_header(path).spec))
+        model = build_model(spec)
     checkpoint.load_weights(model, path, group)
     return model.requires_grad_(False).eval()
 

@@ -201,5 +201,6 @@ class TestStore(StoreMachine.TestCase):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 class TestStoreAtLength(StoreMachine.TestCase):
     settings = some(150, 25)
