@@ -33,8 +33,9 @@ def run_partition(
     """Extract every sample of the writer's partition and commit it.
 
     Batches are cut from the plan and each fills the whole batch size, so a sample's features do not depend on
-    what else is left to do. The next batch is read while the model computes. `advance` is told the samples of
-    each batch once they are staged. A sample that cannot be read, or whose features are not finite, is
+    what else is left to do. While the model computes one batch, the next is read and the one before it is
+    compressed and staged, so two batches are in memory besides it. `advance` is told the samples of each
+    batch once they are staged. A sample that cannot be read, or whose features are not finite, is
     recorded as failed.
     """
     partition, size = writer.partition, filled(plan.config.batch_size)
@@ -43,14 +44,21 @@ def run_partition(
     def load(start: int) -> list[Loaded]:
         return load_batch(plan, partition.split, range(start, min(start + size, partition.stop)))
 
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead") as reader:
-        ahead = reader.submit(load, starts[0])
+    with (
+        ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead") as reader,
+        ThreadPoolExecutor(max_workers=1, thread_name_prefix="stage") as stager,
+    ):
+        ahead, behind = reader.submit(load, starts[0]), None
         for start in starts:
             batch = ahead.result()
             if start + size < partition.stop:
                 ahead = reader.submit(load, start + size)
-            _extract_batch(plan, extractor, writer, start - partition.start, batch)
-            advance(len(batch))
+            computed = _compute(plan, extractor, batch)
+            if behind is not None:
+                advance(behind.result())
+            behind = stager.submit(_stage, writer, start - partition.start, batch, computed)
+        if behind is not None:
+            advance(behind.result())
     return writer.commit()
 
 
@@ -67,21 +75,34 @@ def _load(plan: ExtractionPlan, split: str, index: int) -> Loaded:
         return Unusable(sample_id=plan.samples[split][index], reason=f"{UNREADABLE}{error}")
 
 
-def _extract_batch(
-    plan: ExtractionPlan, extractor: Extractor, writer: PartitionWriter, offset: int, batch: Sequence[Loaded]
-) -> None:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Computed:
+    """What came of a batch: the features of all that passed, and why some cannot be stored, by position."""
+
+    features: FeatureBatch | None
+    reasons: dict[int, str]
+
+
+def _compute(plan: ExtractionPlan, extractor: Extractor, batch: Sequence[Loaded]) -> _Computed:
+    """One forward pass of the whole batch size; samples that cannot be used are stood in for by another."""
     usable = [sample for sample in batch if isinstance(sample, PreparedSample)]
     reasons = {position: bad.reason for position, bad in enumerate(batch) if isinstance(bad, Unusable)}
-    if usable:
-        passing = [sample if isinstance(sample, PreparedSample) else usable[0] for sample in batch]
-        features = extractor([*passing, *[usable[0]] * (filled(plan.config.batch_size) - len(batch))])
-        reasons = failures(features, extractor.layers, extractor.timesteps) | reasons
-        for position, sample in enumerate(passing):
-            if position not in reasons:
-                writer.write(offset + position, [sample], _row(features, position))
-    for position, reason in reasons.items():
-        if position < len(batch):
-            writer.fail(offset + position, batch[position].sample_id, reason)
+    if not usable:
+        return _Computed(features=None, reasons=reasons)
+    passing = [sample if isinstance(sample, PreparedSample) else usable[0] for sample in batch]
+    features = extractor([*passing, *[usable[0]] * (filled(plan.config.batch_size) - len(batch))])
+    found = failures(features, extractor.layers, extractor.timesteps)
+    return _Computed(features=features, reasons=found | reasons)
+
+
+def _stage(writer: PartitionWriter, offset: int, batch: Sequence[Loaded], computed: _Computed) -> int:
+    """Give a batch to the store; how many samples it had."""
+    for position, sample in enumerate(batch):
+        if position in computed.reasons:
+            writer.fail(offset + position, sample.sample_id, computed.reasons[position])
+        elif isinstance(sample, PreparedSample) and computed.features is not None:
+            writer.write(offset + position, [sample], _row(computed.features, position))
+    return len(batch)
 
 
 def _row(features: FeatureBatch, position: int) -> FeatureBatch:

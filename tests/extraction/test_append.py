@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from mmdiff_cache.config import ExtractConfig
+from mmdiff_cache.datasets.images import ImageFolder
 from mmdiff_cache.errors import DataError, StoreError
 from mmdiff_cache.extraction.plan import plan
 from mmdiff_cache.extraction.repair import repair
@@ -90,3 +91,17 @@ def test_pictures_that_are_gone_are_named_and_nothing_is_lost(config: ExtractCon
     assert {name.rpartition("/")[2] for name in changed} == {"zarr.json", "manifest.json"}
     picture(folder, "e.png")
     assert extract(config, append=True)["all"].finished == (0, 1, 2, 3)
+
+
+def test_the_order_in_which_a_data_set_lists_its_pictures_does_not_matter(
+    config: ExtractConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "pictures"
+    for name in ("b.png", "d.png", "e.png"):
+        picture(folder, name)
+    config = replace(config, dataset="images", data_root=str(folder), splits=None, limit=None)
+    before = counted_files(extract(config).path)
+    listed = ImageFolder.sample_ids  # load() goes by it too
+    monkeypatch.setattr(ImageFolder, "sample_ids", lambda self, split: listed(self, split)[::-1])
+    (Path(str(config.store)) / "all.zarr/hidden_states/c.0.0.0.0.0.0.0").unlink()
+    assert counted_files(extract(config).path) == before

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tensorstore
 import xarray
 import zarr
 
@@ -15,7 +16,7 @@ from mmdiff_cache.config import Codec
 from mmdiff_cache.store.manifest import Manifest
 from mmdiff_cache.store.reader import open_store
 from mmdiff_cache.store.writer import open_writer
-from tests.store.synthetic import make_features, make_manifest, make_schema
+from tests.store.synthetic import make_features, make_manifest, make_schema, write_store
 
 
 @pytest.fixture(autouse=True)
@@ -118,3 +119,26 @@ def test_a_store_opened_while_it_is_written_shows_what_was_finished_then(finishe
         for file in group.rglob("*")
         if file.is_file()
     )
+
+
+def test_plain_tensorstore_reads_the_same(finished: Path, manifest: Manifest) -> None:
+    features = make_features(manifest.schema, list(manifest.splits["train"]))
+    for path, truth in (
+        ("hidden_states", features.hidden_states),
+        ("concepts/scenes/scores", features.concept_scores["scenes"]),
+        ("latents", features.latents),
+        ("audit", features.audit),
+    ):
+        kvstore = {"driver": "file", "path": str(finished / "train.zarr" / path)}
+        array = tensorstore.open({"driver": "zarr3", "kvstore": kvstore}, open=True).result()
+        np.testing.assert_array_equal(array.read().result(), truth)
+
+
+def test_int8_is_one_multiplication_for_xarray(tmp_path: Path) -> None:
+    manifest = make_manifest(make_schema(codec="int8"))
+    write_store(tmp_path / "s", manifest)
+    with xarray.open_zarr(tmp_path / "s" / "train.zarr", consolidated=False) as dataset:
+        values = dataset["hidden_states"] * dataset["hidden_states_scale"]
+        chosen = values.sel(timestep=0.26, layer="single.4").isel(sample=2, variant=1)
+        ours = open_store(tmp_path / "s")["train"].read(2, 0.26, "single.4", variant=1)
+        np.testing.assert_array_equal(chosen.values.astype(np.float16), ours)
