@@ -16,22 +16,6 @@ from mmdiff_cache.extraction.run import extract
 from tests.store.synthetic import counted_files
 
 
-@pytest.fixture
-def config(tiny_flux_folder: Path, tmp_path: Path) -> ExtractConfig:
-    return ExtractConfig(
-        backbone=str(tiny_flux_folder),
-        store=str(tmp_path / "store"),
-        splits=("val",),
-        limit=3,
-        resolution=64,
-        batch_size=2,
-        partition_size=2,
-        layers=("single.2",),
-        timesteps=(0.5,),
-        concepts={},
-    )
-
-
 def picture(folder: Path, name: str) -> None:
     folder.mkdir(exist_ok=True)
     noise = np.random.default_rng(sum(name.encode())).integers(0, 256, (40, 50, 3), dtype=np.uint8)
@@ -39,8 +23,8 @@ def picture(folder: Path, name: str) -> None:
 
 
 def test_a_larger_limit_gives_the_bytes_of_one_run(config: ExtractConfig, tmp_path: Path) -> None:
+    larger, config = config, replace(config, limit=3)
     extract(config)
-    larger = replace(config, limit=5)
     with pytest.raises(StoreError, match="add the new ones with --append"):
         extract(larger)
     assert plan(larger).done == 3

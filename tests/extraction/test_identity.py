@@ -31,22 +31,6 @@ SAME: dict[str, dict[str, object]] = {
 }
 
 
-@pytest.fixture
-def config(tiny_flux_folder: Path, tmp_path: Path) -> ExtractConfig:
-    return ExtractConfig(
-        backbone=str(tiny_flux_folder),
-        store=str(tmp_path / "store"),
-        splits=("val",),
-        limit=2,
-        resolution=64,
-        batch_size=2,
-        partition_size=2,
-        layers=("single.2",),
-        timesteps=(0.5, 0.1),
-        concepts={},
-    )
-
-
 @pytest.mark.parametrize("field", CHANGES)
 def test_a_store_of_another_identity_is_refused_and_left_alone(config: ExtractConfig, field: str) -> None:
     made = build_manifest(plan(config))

@@ -27,22 +27,6 @@ Usage = namedtuple("Usage", "total used free")
 
 
 @pytest.fixture
-def config(tiny_flux_folder: Path, tmp_path: Path) -> ExtractConfig:
-    return ExtractConfig(
-        backbone=str(tiny_flux_folder),
-        store=str(tmp_path / "store"),
-        splits=("val",),
-        limit=5,
-        resolution=64,
-        batch_size=2,
-        partition_size=2,
-        layers=("double.1", "single.2"),
-        timesteps=(0.5, 0.1),
-        concepts={"two": ("near", "far")},
-    )
-
-
-@pytest.fixture
 def pictures(tmp_path: Path) -> Path:
     """Five small pictures; the second half of the third is missing."""
     folder = tmp_path / "pictures"

@@ -1,7 +1,11 @@
 """A synthetic source of features for store tests: random values of the right shapes, set by the sample id."""
 
 import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 
@@ -154,3 +158,23 @@ def counted_files(root: Path) -> dict[str, bytes]:
     for group in root.glob("*.zarr"):
         found += group.rglob("*")
     return {p.relative_to(root).as_posix(): p.read_bytes() for p in sorted(found) if p.is_file()}
+
+
+class _Killed(BaseException):
+    """A process that ends between two steps."""
+
+
+@contextmanager
+def ended_at_rename(number: int) -> Iterator[None]:
+    """Run a block as a process that dies instead of its rename number `number`; it need not get that far."""
+    replace, done = os.replace, 0
+
+    def ending(source: str, target: str) -> None:
+        nonlocal done
+        if done == number:
+            raise _Killed
+        done += 1
+        replace(source, target)
+
+    with mock.patch.object(os, "replace", ending), suppress(_Killed):
+        yield

@@ -1,6 +1,5 @@
 """Appending: what is there stays readable at every moment, and the result has the bytes of one large run."""
 
-import os
 import shutil
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from mmdiff_cache.store.writer import open_writer
 from tests.store.synthetic import (
     IDENTITY,
     counted_files,
+    ended_at_rename,
     make_features,
     make_manifest,
     make_sample,
@@ -75,32 +75,13 @@ def test_old_samples_can_be_read_before_the_new_ones_are_there(store: Path, mani
     assert (found.sound, found.samples, found.pending) == (True, 9, 5)
 
 
-class Killed(BaseException):
-    """A process that ends between two steps."""
-
-
 @pytest.mark.parametrize("step", range(24))
 def test_a_change_that_is_interrupted_is_completed_by_the_next_writer(
-    store: Path, manifest: Manifest, tmp_path: Path, step: int, monkeypatch: pytest.MonkeyPatch
+    store: Path, manifest: Manifest, tmp_path: Path, step: int
 ) -> None:
     """Ended at every rename: readers go on reading, and the same command finishes with the same bytes."""
-    replace, done = os.replace, 0
-
-    def ending(source: object, target: object) -> None:
-        nonlocal done
-        if done == step:
-            raise Killed
-        done += 1
-        replace(source, target)  # type: ignore[arg-type]
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", ending)
-        try:
-            open_writer(store, LARGER, append=True).close()
-        except Killed:
-            assert step < done + 1
-        else:
-            assert done <= step, "the last steps lie behind the end of the change"
+    with ended_at_rename(step):
+        open_writer(store, LARGER, append=True).close()
     reader = open_store(store)["train"]
     truth = make_features(manifest.schema, list(manifest.splits["train"])).hidden_states
     np.testing.assert_array_equal(reader.hidden_states(range(6)), truth[:, 0])

@@ -1,6 +1,5 @@
 """A label set that comes later: beside the others, as safe as they are, and nothing else is touched."""
 
-import os
 import shutil
 from pathlib import Path
 
@@ -18,7 +17,13 @@ from mmdiff_cache.store.schema import LabelArray
 from mmdiff_cache.store.summary import summarize
 from mmdiff_cache.store.verify import verify
 from mmdiff_cache.store.writer import open_writer
-from tests.store.synthetic import counted_files, make_manifest, write_partition, write_store
+from tests.store.synthetic import (
+    counted_files,
+    ended_at_rename,
+    make_manifest,
+    write_partition,
+    write_store,
+)
 
 PARTS = LabelArray(
     spec=LabelSpec(name="parts", kind="classes", classes=("head", "tail"), ignore=9),
@@ -124,29 +129,14 @@ def test_damage_is_found_named_and_written_again(store: Path, harm: str) -> None
     assert counted_files(store) == whole
 
 
-class Killed(BaseException):
-    """A process that ends between two steps."""
-
-
 @pytest.mark.parametrize("step", range(0, 22, 3))
 def test_ended_at_any_rename_it_is_finished_by_the_same_command(
-    store: Path, tmp_path: Path, step: int, monkeypatch: pytest.MonkeyPatch
+    store: Path, tmp_path: Path, step: int
 ) -> None:
     whole = Path(shutil.copytree(store, tmp_path / "whole"))
     add(whole)
-    replace, done = os.replace, 0
-
-    def ending(source: object, target: object) -> None:
-        nonlocal done
-        if done == step:
-            raise Killed
-        done += 1
-        replace(source, target)  # type: ignore[arg-type]
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", ending)
-        with pytest.raises(Killed):
-            add(store)
+    with ended_at_rename(step):
+        add(store)
     reader = open_store(store)["train"]
     reader.hidden_states(range(6))
     for n in range(6):

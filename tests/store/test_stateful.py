@@ -1,11 +1,8 @@
 """Anything may happen to a store, in any order: it is never believed wrongly, and repair makes it whole."""
 
-import contextlib
-import os
 import shutil
 import tempfile
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -20,7 +17,14 @@ from mmdiff_cache.store.reader import open_store
 from mmdiff_cache.store.records import read_record, record_path
 from mmdiff_cache.store.verify import verify
 from mmdiff_cache.store.writer import open_writer
-from tests.store.synthetic import counted_files, make_features, make_manifest, make_schema, write_partition
+from tests.store.synthetic import (
+    counted_files,
+    ended_at_rename,
+    make_features,
+    make_manifest,
+    make_schema,
+    write_partition,
+)
 
 SCHEMA = make_schema(vocabularies=(), labels=(), layers=("single.4",), timesteps=(0.5,), partition_size=2)
 LARGEST = 6
@@ -30,10 +34,6 @@ TRUTH = make_features(SCHEMA, list(NAMES)).hidden_states
 
 def planned(samples: int) -> Manifest:
     return make_manifest(SCHEMA, splits={"train": NAMES[:samples]})
-
-
-class Killed(BaseException):
-    """A process that ends between two steps."""
 
 
 class StoreMachine(RuleBasedStateMachine):
@@ -57,18 +57,9 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(step=st.integers(0, 25), append=st.booleans())
     def killed_run(self, step: int, append: bool) -> None:
-        replace, done = os.replace, 0
-
-        def ending(source: object, target: object) -> None:
-            nonlocal done
-            done += 1
-            if done > step:
-                raise Killed
-            replace(source, target)  # type: ignore[arg-type]
-
         if append:
             self.samples = min(self.samples + 1, LARGEST)
-        with mock.patch.object(os, "replace", ending), contextlib.suppress(Killed):
+        with ended_at_rename(step):
             self.write(3, append=append)
         if append and self.root.exists():  # whether it was decided before the end shows in the files
             following = [name for name in ("manifest.next.json", MANIFEST) if (self.root / name).exists()]
