@@ -151,11 +151,16 @@ class DepthMetric:
     """AbsRel, RMSE and delta_1..3 of metric depth: of each picture first, then the mean over pictures.
 
     Pixels count where low < truth < high; predictions are clamped to that range (NaN counts as low). There is
-    no alignment of scale. A picture without a valid pixel is left out of the mean and counted as skipped.
+    no alignment of scale. With a crop (top, bottom, left, right) only those rows and columns count. A picture
+    without a valid pixel is left out of the mean and counted as skipped.
     """
 
-    def __init__(self, valid_range: tuple[float, float]) -> None:
+    def __init__(
+        self, valid_range: tuple[float, float], crop: tuple[int, int, int, int] | None = None
+    ) -> None:
         self.valid_range = valid_range
+        top, bottom, left, right = crop or (None, None, None, None)
+        self._window = slice(top, bottom), slice(left, right)
         self._rows: list[dict[str, float]] = []
         self.skipped = 0
 
@@ -164,6 +169,7 @@ class DepthMetric:
     ) -> dict[str, float]:
         """Depths in metres, both [H W]."""
         low, high = self.valid_range
+        prediction, target = prediction[self._window], target[self._window]
         valid = (target > low) & (target < high)
         if not valid.any():
             self.skipped += 1

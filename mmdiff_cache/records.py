@@ -24,7 +24,8 @@ class LabelSpec:
     """What the values of one label set mean.
 
     `classes` maps are uint8 ids, `mask` maps are uint8 0 or 1, `depth` maps are float32 metres. `ignore` is
-    the id that no loss and no metric counts; for depth, values outside `valid_range` are not counted.
+    the id that no loss and no metric counts; for depth, values outside `valid_range` are not counted. At
+    original size only the rows and columns of `crop` = (top, bottom, left, right) are scored.
     """
 
     name: str
@@ -32,6 +33,7 @@ class LabelSpec:
     classes: tuple[str, ...] = ()
     ignore: int | None = None
     valid_range: tuple[float, float] | None = None
+    crop: tuple[int, int, int, int] | None = None
 
 
 def label_spec(

@@ -128,7 +128,7 @@ def _metres(outputs: Float[Tensor, "1 H W"]) -> NDArray[np.float32]:
 
 
 def _depth_metric(spec: LabelSpec, dataset: str) -> Metric:
-    return DepthMetric(_valid_range(spec))
+    return DepthMetric(_valid_range(spec), spec.crop)
 
 
 TASKS: Mapping[str, Task] = {

@@ -6,7 +6,7 @@ A new one is a file beside this one, with a `Dataset` and its `open` function, a
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from mmdiff_cache.datasets import images, scenes
+from mmdiff_cache.datasets import duts, images, nyu_depth, scenes, voc
 from mmdiff_cache.datasets.base import Dataset
 from mmdiff_cache.errors import ConfigError
 
@@ -30,7 +30,7 @@ class DatasetEntry:
     open: Callable[[str | None, int], Dataset]
     """Called with the folder of its files (or None) and the side of the network input in pixels."""
     splits: Mapping[str, int | None]
-    """Default splits with their numbers of samples; None means all there are."""
+    """Default splits with the numbers of samples that they should have; None where any number is right."""
     backbone: str
     concepts: Mapping[str, tuple[str, ...]]
     needs_root: bool
@@ -52,6 +52,51 @@ DATASETS: Mapping[str, DatasetEntry] = {
             concepts=CONCEPTS,
             needs_root=False,
             prompt_kinds=("scene", "oracle"),
+        ),
+        DatasetEntry(
+            name="voc",
+            summary="Pascal VOC 2012 with the SBD labels: 20 classes and background",
+            open=voc.open_voc,
+            splits=voc.SIZES,
+            backbone="flux-dev",
+            concepts=CONCEPTS,
+            needs_root=True,
+        ),
+        DatasetEntry(
+            name="duts",
+            summary="DUTS: masks of what stands out",
+            open=duts.open_duts,
+            splits=duts.SIZES,
+            backbone="flux-dev",
+            concepts=CONCEPTS,
+            needs_root=True,
+        ),
+        DatasetEntry(
+            name="nyu",
+            summary="NYU Depth v2, the 24,231 frames of the BTS list and the official 654",
+            open=nyu_depth.open_bts,
+            splits=nyu_depth.BTS_SIZES,
+            backbone="flux-dev",
+            concepts=CONCEPTS,
+            needs_root=True,
+        ),
+        DatasetEntry(
+            name="nyu_official",
+            summary="NYU Depth v2, the labelled frames in the official split, 795 and 654",
+            open=nyu_depth.open_official,
+            splits=nyu_depth.OFFICIAL_SIZES,
+            backbone="flux-dev",
+            concepts=CONCEPTS,
+            needs_root=True,
+        ),
+        DatasetEntry(
+            name="nyu_1449",
+            summary="NYU Depth v2, the 1,449 labelled frames cut by scene, 1,159 and 290 (the cut is ours)",
+            open=nyu_depth.open_by_scene,
+            splits=nyu_depth.OUR_SIZES,
+            backbone="flux-dev",
+            concepts=CONCEPTS,
+            needs_root=True,
         ),
         DatasetEntry(
             name="images",

@@ -45,6 +45,8 @@ class ExtractionPlan:
     """Ordered sample ids of every split: those that the store has, in its order, then new ones."""
     positions: Mapping[str, tuple[int, ...]]
     """Where each of them is in the data set."""
+    unexpected: Mapping[str, tuple[int, int]]
+    """Splits whose number of samples is not the published one: how many there are, and should be."""
     schema: StoreSchema
     done: int
     """Samples of the plan that are in the store already, as far as its records say."""
@@ -130,6 +132,11 @@ def plan(config: ExtractConfig, samples: Mapping[str, Sequence[str]] | None = No
         prompts=prompts,
         samples=chosen,
         positions=positions,
+        unexpected={
+            split: (len(ids[split]), expected)
+            for split in positions
+            if (expected := entry.splits.get(split)) is not None and len(ids[split]) != expected
+        },
         schema=schema,
         done=done,
         raw_bytes=sum(raw_bytes(schema, count) for count in counts),
@@ -253,6 +260,8 @@ def _lines(plan: ExtractionPlan) -> Iterable[tuple[str, str]]:
     config, schema = plan.config, plan.schema
     first = f" (the first {config.limit} of each split at most)" if config.limit else ""
     yield "data set", f"{config.dataset}: {_counts(plan.samples)}{first}"
+    for split, (there, expected) in plan.unexpected.items():
+        yield "note", f"split {split} has {there:,} samples here, {expected:,} as published"
     yield (
         "prompts",
         f"{config.prompts}{' (names the objects: scores are an upper bound)' * (config.prompts == ORACLE)}",

@@ -231,6 +231,8 @@ def _label_arrays(schema: "StoreSchema", label: "LabelArray", samples: int) -> t
         meaning["ignore"] = spec.ignore
     if spec.valid_range is not None:
         meaning["label_range"] = list(spec.valid_range)
+    if spec.crop is not None:
+        meaning["scored_crop"] = list(spec.crop)
     return (
         _small(
             schema, samples, f"{folder}/map", dtype, _pixels(schema), f"{spec.name} at network size",

@@ -165,6 +165,9 @@ def _protocol(dataset: CachedFeatureDataset, task: Task, split: str) -> str:
         "mask": "S-measure, maximum F of the mean curve and MAE by pysodmetrics",
         "depth": f"each sample's errors, then their mean; depths in {label.valid_range} m, no alignment",
     }[label.kind]
+    if label.crop is not None:
+        top, bottom, left, right = label.crop
+        how += f"; rows {top} to {bottom} and columns {left} to {right} of the original"
     size = "outputs resized to the labels' original size first"
     return f"{len(dataset)} samples of {split}{left_out}; {size}; {how}"
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -104,6 +104,8 @@ def score(
     `original` scores at the labels' original sizes, else at the network's input size. Batches are streamed.
     """
     label = dataset.reader.label_specs[task.label]
+    if not original:
+        label = replace(label, crop=None)  # it counts pixels of the original
     metrics = {name: task.metric(label, data_set) for name in predictors}
     own: dict[str, dict[str, Mapping[str, float]]] = {name: {} for name in predictors}
     done = 0

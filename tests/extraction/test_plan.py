@@ -138,7 +138,11 @@ def test_the_cost_of_flux_is_the_known_one() -> None:
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        ({"dataset": "voc"}, "data set 'voc' is not known; there are images, scenes"),
+        ({"dataset": "coco"}, "data set 'coco' is not known; there are duts, images, nyu"),
+        (
+            {"dataset": "voc"},
+            "data set 'voc' needs the folder of its files: --data-root DIR; get VOCtrainval",
+        ),
         ({"backbone": "flux-pro"}, "'flux-pro' is neither a backbone"),
         ({"splits": ("training",)}, "split 'training' is not one of scenes: train, val, test"),
         (
