@@ -90,7 +90,7 @@ def convert(
     next_command("mmdiff-cache", "inspect", str(target))
 
 
-labels = typer.Typer(help="Label sets of a store: add one beside those that are there.", no_args_is_help=True)
+labels = typer.Typer(help="Label sets of a store: add one beside those that are there.")
 
 
 def add(

@@ -50,6 +50,8 @@ class ExtractionPlan:
     schema: StoreSchema
     done: int
     """Samples of the plan that are in the store already, as far as its records say."""
+    new: int
+    """Samples that the store which is there was not planned with: they need `append`."""
     raw_bytes: int
     stored_bytes: int
     """Estimated bytes on disk, rounded to the safe side."""
@@ -139,6 +141,7 @@ def plan(config: ExtractConfig, samples: Mapping[str, Sequence[str]] | None = No
         },
         schema=schema,
         done=done,
+        new=_count_new(Path(filled(config.store)), chosen),
         raw_bytes=sum(raw_bytes(schema, count) for count in counts),
         stored_bytes=sum(estimated_bytes(schema, count, filled(config.dtype)) for count in counts),
         files=sum(file_count(schema, count) for count in counts),
@@ -237,6 +240,13 @@ def _count_done(store: Path, samples: Mapping[str, tuple[str, ...]]) -> int:
     return sum(max(count, 0) for count in recorded)
 
 
+def _count_new(store: Path, samples: Mapping[str, tuple[str, ...]]) -> int:
+    if not (store / MANIFEST).exists():
+        return 0
+    stored = read_manifest(store).splits
+    return sum(len(ids) - len(set(ids) & set(stored.get(split, ()))) for split, ids in samples.items())
+
+
 def _schema(config: ExtractConfig, info: BackboneInfo, dataset: Dataset) -> StoreSchema:
     resolution = filled(config.resolution)
     return StoreSchema(
@@ -276,6 +286,8 @@ def _lines(plan: ExtractionPlan) -> Iterable[tuple[str, str]]:
     yield "batches", f"{config.batch_size} samples a forward pass, {config.partition_size} a partition"
     there = f" (holds {plan.done:,} of these {plan.total:,} samples already)" if plan.done else ""
     yield "store", f"{plan.store}{there}"
+    if plan.new:
+        yield "note", f"the store was planned without {plan.new:,} of them; --append adds those"
     ratio = plan.raw_bytes / plan.stored_bytes
     yield (
         "size",

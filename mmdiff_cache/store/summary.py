@@ -179,13 +179,18 @@ def short_text(store: Store) -> str:
         reader = store[split]
         failed = f", {len(reader.failed)} failed" if reader.failed else ""
         lines.append(f"  {split}: {len(reader.finished)} of {len(reader)} samples{failed}")
-    lines.append(f"  {len(schema.layers)} layers ({', '.join(schema.layers)}) of {grid} float16")
-    lines.append(f"  {len(schema.timesteps)} timesteps ({steps})")
+    dtype = "int8" if schema.codec == "int8" else "float16"
+    lines.append(f"  {_count(schema.layers, 'layer')} ({', '.join(schema.layers)}) of {grid} {dtype}")
+    lines.append(f"  {_count(schema.timesteps, 'timestep')} ({steps})")
     lines += [f"  concepts {words.name}: {', '.join(words.concepts)}" for words in schema.vocabularies]
     if schema.labels:
         lines.append(f"  labels {', '.join(f'{x.spec.name} ({x.spec.kind})' for x in schema.labels)}")
     lines.append(f"  {disk / 1e6:,.1f} MB on disk, {raw / 1e6:,.1f} MB raw")
     return "\n".join(lines)
+
+
+def _count(items: Sequence[object], noun: str) -> str:
+    return f"{len(items)} {noun}{'s' if len(items) > 1 else ''}"
 
 
 def _words(manifest: Manifest) -> str:

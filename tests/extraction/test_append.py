@@ -28,6 +28,8 @@ def test_a_larger_limit_gives_the_bytes_of_one_run(config: ExtractConfig, tmp_pa
     with pytest.raises(StoreError, match="add the new ones with --append"):
         extract(larger)
     assert plan(larger).done == 3
+    assert "the store was planned without 2 of them; --append adds those" in str(plan(larger))
+    assert "--append" not in str(plan(config))
     store = extract(larger, append=True)
     assert store["val"].finished == (0, 1, 2, 3, 4)
     once = extract(replace(larger, store=str(tmp_path / "once")))
