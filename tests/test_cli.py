@@ -216,3 +216,22 @@ def test_verify_says_it_with_its_exit_code(
     assert finding["where"] == f"train.zarr/hidden_states/{shard.name}"
     assert run(["verify", str(tmp_path)]) == 2
     assert "is not a store" in capsys.readouterr().err
+
+
+def test_backbones_are_told_without_reading_a_weight(
+    capsys: pytest.CaptureFixture[str], tiny_flux_folder: Path
+) -> None:
+    assert run(["backbones"]) == 0
+    said = capsys.readouterr().out
+    assert "flux-dev" in said
+    assert "Non-Commercial" in said
+    assert run(["backbones", "flux-dev", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["bytes_a_sample"] == 100_663_296
+    assert facts["token_grid"] == [32, 32]
+    assert 21e12 < facts["operations_a_forward"] < 22e12
+    assert len(facts["single_blocks"]) == 38
+    assert run(["backbones", str(tiny_flux_folder), "--resolution", "64"]) == 0
+    assert "double.0 double.1" in capsys.readouterr().out
+    assert run(["backbones", "flux-pro"]) == 2
+    assert run(["backbones", "flux-dev", "--resolution", "500"]) == 2

@@ -9,7 +9,7 @@ from mmdiff_cache.errors import ConfigError
 DTypeName = Literal["float32", "bfloat16"]
 
 PATCH = 2
-"""Side of the square of latent pixels that one token packs; fixed in every FLUX.1 pipeline."""
+"""Side of the square of latent pixels that one token packs; fixed in every FLUX.1 and SD3 pipeline."""
 TIMESTEPS = (0.78, 0.52, 0.26, 0.001)
 """Paper: Sec. 3.1."""
 PAPER_SINGLE_LAYERS, PAPER_SINGLE_BLOCKS = (4, 15, 26, 37), 38
@@ -33,6 +33,8 @@ class Architecture:
     """Pixels along one side of a latent pixel."""
     guidance_embeds: bool
     """Whether the model takes the guidance scale as an input (guidance distilled)."""
+    clip_tokens: int = 0
+    """Text tokens that stand before those of T5."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,4 +1,4 @@
-"""Every backbone by name, and any folder in FluxPipeline's format. No torch until weights are loaded."""
+"""Every backbone by name, and any folder of a known pipeline. No torch until weights are loaded."""
 
 import json
 import logging
@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmdiff_cache.backbones.info import (
+    PAPER_SINGLE_BLOCKS,
+    PAPER_SINGLE_LAYERS,
+    PATCH,
     TIMESTEPS,
     Architecture,
     BackboneInfo,
@@ -16,7 +19,9 @@ from mmdiff_cache.backbones.info import (
     default_concept_blocks,
     default_layers,
     default_width,
+    same_depth,
 )
+from mmdiff_cache.backbones.weights import pipeline_of, tokenizers_of
 from mmdiff_cache.errors import BackboneError, ConfigError
 
 if TYPE_CHECKING:
@@ -28,8 +33,11 @@ logger = logging.getLogger(__name__)
 
 GUIDANCE = 3.5
 """FLUX.1-dev's own default; the paper gives none."""
+FLUX, SD3 = "FluxPipeline", "StableDiffusion3Pipeline"
 MAX_TEXT_LENGTH = 512
 """The longest T5 prompt that FluxPipeline takes."""
+SD3_TEXT_LENGTH, SD3_CLIP_TOKENS = 256, 77
+"""T5 and CLIP tokens of StableDiffusion3Pipeline."""
 MAX_GRID = 32
 """Tokens a side by default: the paper's 1024 tokens."""
 SMALL_MODEL_BYTES = 1 << 30
@@ -46,7 +54,7 @@ class BackboneEntry:
     layers: tuple[str, ...]
     timesteps: tuple[float, ...]
     resolution: int
-    guidance: float
+    guidance: float | None
     text_length: int
     aggregator_width: int
     dtype: DTypeName
@@ -83,7 +91,7 @@ BACKBONES: Mapping[str, BackboneEntry] = {
             dtype="bfloat16",
             licence="FLUX.1 [dev] Non-Commercial License, to be accepted on the hub before the download",
             architecture=Architecture(
-                pipeline="FluxPipeline",
+                pipeline=FLUX,
                 double_blocks=19,
                 single_blocks=38,
                 channels=3072,
@@ -91,6 +99,56 @@ BACKBONES: Mapping[str, BackboneEntry] = {
                 vae_factor=8,
                 guidance_embeds=True,
             ),
+        ),
+        BackboneEntry(
+            name="flux-schnell",
+            summary="FLUX.1 [schnell], the few-step sibling of flux-dev",
+            source="black-forest-labs/FLUX.1-schnell",
+            layers=("single.4", "single.15", "single.26", "single.37"),
+            timesteps=TIMESTEPS,
+            resolution=512,
+            guidance=None,
+            text_length=256,
+            aggregator_width=768,
+            dtype="bfloat16",
+            licence="Apache-2.0",
+            architecture=Architecture(
+                pipeline=FLUX,
+                double_blocks=19,
+                single_blocks=38,
+                channels=3072,
+                latent_channels=16,
+                vae_factor=8,
+                guidance_embeds=False,
+            ),
+        ),
+        *(
+            BackboneEntry(
+                name=f"sd35-{size}",
+                summary=f"Stable Diffusion 3.5 {size}, {parameters} B parameters",
+                source=f"stabilityai/stable-diffusion-3.5-{size}",
+                layers=tuple(
+                    f"double.{k}" for k in same_depth(PAPER_SINGLE_LAYERS, PAPER_SINGLE_BLOCKS, blocks)
+                ),
+                timesteps=TIMESTEPS,
+                resolution=512,
+                guidance=None,
+                text_length=SD3_TEXT_LENGTH,
+                aggregator_width=default_width(64 * blocks),
+                dtype="bfloat16",
+                licence="Stability AI Community License, to be accepted on the hub before the download",
+                architecture=Architecture(
+                    pipeline=SD3,
+                    double_blocks=blocks,
+                    single_blocks=0,
+                    channels=64 * blocks,
+                    latent_channels=16,
+                    vae_factor=8,
+                    guidance_embeds=False,
+                    clip_tokens=SD3_CLIP_TOKENS,
+                ),
+            )
+            for size, blocks, parameters in (("medium", 24, 2.5), ("large", 38, 8.1))
         ),
     )
 }
@@ -137,42 +195,42 @@ def load_backbone(
     Raises ConfigError for an unknown layer, BackboneError when weights are missing or damaged.
     """
     info.check_layers(layers or ())
-    from mmdiff_cache.backbones import flux, weights
+    from mmdiff_cache.backbones import weights
 
-    return flux.load_flux(
-        info,
-        weights.locate(info, download=True),
-        layers=layers,
-        device=device,
-        dtype=dtype or info.dtype,
-        text_length=text_length or info.text_length,
-    )
+    folder = weights.locate(info, download=True)
+    dtype, text_length = dtype or info.dtype, text_length or info.text_length
+    if info.architecture.pipeline == FLUX:
+        from mmdiff_cache.backbones.flux import load_flux
+
+        return load_flux(info, folder, layers=layers, device=device, dtype=dtype, text_length=text_length)
+    from mmdiff_cache.backbones.sd3 import load_sd3
+
+    return load_sd3(info, folder, device=device, dtype=dtype, text_length=text_length)
 
 
 def read_architecture(folder: Path) -> Architecture:
     """The shape of the pipeline in a folder. Raises BackboneError when it is not one that can be tapped."""
-    index = _read_json(folder, "model_index.json")
-    if index.get("_class_name") != "FluxPipeline":
-        raise BackboneError(
-            f"{folder} holds a {index.get('_class_name')}; backbones are FluxPipeline folders"
-        )
+    pipeline = pipeline_of(folder)
     transformer, vae = _read_json(folder, "transformer/config.json"), _read_json(folder, "vae/config.json")
     try:
         architecture = Architecture(
-            pipeline="FluxPipeline",
+            pipeline=pipeline,
             double_blocks=transformer["num_layers"],
-            single_blocks=transformer["num_single_layers"],
+            single_blocks=transformer["num_single_layers"] if pipeline == FLUX else 0,
             channels=transformer["num_attention_heads"] * transformer["attention_head_dim"],
             latent_channels=vae["latent_channels"],
             vae_factor=2 ** (len(vae["block_out_channels"]) - 1),
-            guidance_embeds=transformer["guidance_embeds"],
+            guidance_embeds=transformer["guidance_embeds"] if pipeline == FLUX else False,
+            clip_tokens=0 if pipeline == FLUX else _clip_tokens(folder),
         )
+        packed = 1 if pipeline == FLUX else transformer["patch_size"] ** 2
     except KeyError as error:
         raise BackboneError(f"a configuration in {folder} has no field {error}") from error
-    if transformer["in_channels"] != 4 * architecture.latent_channels:
+    if transformer["in_channels"] * packed != PATCH**2 * architecture.latent_channels:
         raise BackboneError(
-            f"{folder}: the transformer takes {transformer['in_channels']} channels a token, but four latent "
-            f"pixels give {4 * architecture.latent_channels}; fill and control variants cannot be used"
+            f"{folder}: the transformer takes {transformer['in_channels'] * packed} channels a token, but "
+            f"four latent pixels give {PATCH**2 * architecture.latent_channels}; fill and control variants "
+            "cannot be used"
         )
     return architecture
 
@@ -180,7 +238,7 @@ def read_architecture(folder: Path) -> Architecture:
 def _describe_folder(folder: Path) -> BackboneInfo:
     if not folder.is_dir():
         raise ConfigError(
-            f"{str(folder)!r} is neither a backbone ({', '.join(BACKBONES)}) nor a folder of a FluxPipeline"
+            f"{str(folder)!r} is neither a backbone ({', '.join(BACKBONES)}) nor a folder of a pipeline"
         )
     folder = folder.resolve()
     architecture = read_architecture(folder)
@@ -195,17 +253,22 @@ def _describe_folder(folder: Path) -> BackboneInfo:
         timesteps=TIMESTEPS,
         resolution=min(native, MAX_GRID * 2 * architecture.vae_factor),
         guidance=GUIDANCE if architecture.guidance_embeds else None,
-        text_length=_text_length(folder),
+        text_length=_text_length(folder, architecture.pipeline),
         aggregator_width=default_width(architecture.channels),
         dtype="float32" if weight_bytes < SMALL_MODEL_BYTES else "bfloat16",
         licence="see the model's own card",
     )
 
 
-def _text_length(folder: Path) -> int:
-    """The T5 tokenizer's own limit where its configuration states one that FluxPipeline can take."""
-    stated = _read_json(folder, "tokenizer_2/tokenizer_config.json").get("model_max_length", MAX_TEXT_LENGTH)
-    return min(int(stated), MAX_TEXT_LENGTH)
+def _text_length(folder: Path, pipeline: str) -> int:
+    """The T5 tokenizer's own limit where its configuration states one, at most the pipeline's default."""
+    name, most = tokenizers_of(pipeline)[-1], MAX_TEXT_LENGTH if pipeline == FLUX else SD3_TEXT_LENGTH
+    stated = _read_json(folder, f"{name}/tokenizer_config.json").get("model_max_length", most)
+    return min(int(stated), most)
+
+
+def _clip_tokens(folder: Path) -> int:
+    return int(_read_json(folder, "tokenizer/tokenizer_config.json").get("model_max_length", SD3_CLIP_TOKENS))
 
 
 def _read_json(folder: Path, name: str) -> dict[str, Any]:
@@ -213,7 +276,7 @@ def _read_json(folder: Path, name: str) -> dict[str, Any]:
         return json.loads((folder / name).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise BackboneError(
-            f"{folder} has no {name}; a backbone is a folder in FluxPipeline's format"
+            f"{folder} has no {name}; a backbone is a folder in the format of diffusers' pipelines"
         ) from error
     except ValueError as error:
         raise BackboneError(f"{folder / name} is not JSON: {error}") from error

@@ -4,16 +4,15 @@ import hashlib
 import json
 import re
 import textwrap
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from mmdiff_cache.backbones.info import BackboneInfo
 from mmdiff_cache.errors import BackboneError
 
-MODELS = ("transformer", "vae", "text_encoder", "text_encoder_2")
-TOKENIZERS = ("tokenizer", "tokenizer_2")
-PATTERNS = ("model_index.json", "scheduler/*", *(f"{part}/*" for part in (*MODELS, *TOKENIZERS)))
-"""What is fetched from the hub; the repository's single-file copy of the transformer is not."""
+ENCODERS: Mapping[str, int] = {"FluxPipeline": 2, "StableDiffusion3Pipeline": 3}
+"""How many text encoders, each with a tokenizer, a pipeline has."""
 TRY_IT = "runs here now; trained on rendered scenes: for trying the pipeline, not for scores on photographs"
 
 
@@ -31,9 +30,36 @@ def locate(info: BackboneInfo, *, download: bool = False) -> Path:
     return folder
 
 
+def models_of(pipeline: str) -> tuple[str, ...]:
+    """The parts of a pipeline that have weights, as its folders are called."""
+    return ("transformer", "vae", *_numbered("text_encoder", pipeline))
+
+
+def tokenizers_of(pipeline: str) -> tuple[str, ...]:
+    """The tokenizers of a pipeline."""
+    return _numbered("tokenizer", pipeline)
+
+
+def _numbered(part: str, pipeline: str) -> tuple[str, ...]:
+    return (part, *(f"{part}_{n}" for n in range(2, ENCODERS[pipeline] + 1)))
+
+
+def pipeline_of(folder: Path) -> str:
+    """The class that a folder's model_index.json names. Raises BackboneError for one that is not known."""
+    try:
+        name = str(json.loads((folder / "model_index.json").read_text(encoding="utf-8"))["_class_name"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BackboneError(f"{folder} has no model_index.json that names a pipeline ({error})") from error
+    if name not in ENCODERS:
+        raise BackboneError(f"{folder} holds a {name}; backbones are folders of {' or '.join(ENCODERS)}")
+    return name
+
+
 def missing_file(folder: Path) -> str | None:
     """The first file of the pipeline that is not there, relative to the folder; None when all are."""
-    for part in MODELS:
+    if not (folder / "model_index.json").is_file():
+        return "model_index.json"
+    for part in models_of(pipeline_of(folder)):
         if not (folder / part / "config.json").is_file():
             return f"{part}/config.json"
     return next((name for name in weight_files(folder) if not (folder / name).is_file()), None)
@@ -42,7 +68,7 @@ def missing_file(folder: Path) -> str | None:
 def weight_files(folder: Path) -> list[str]:
     """The safetensors files that hold the models' weights, relative to the folder, in a fixed order."""
     names: list[str] = []
-    for part in MODELS:
+    for part in models_of(pipeline_of(folder)):
         stem = "diffusion_pytorch_model" if part in ("transformer", "vae") else "model"
         index = folder / part / f"{stem}.safetensors.index.json"
         shards = _shards(index) if index.is_file() else [f"{stem}.safetensors"]
@@ -58,11 +84,11 @@ def hash_weights(folder: Path) -> str:
     """
     tokenizers = [
         file.relative_to(folder).as_posix()
-        for part in TOKENIZERS
+        for part in tokenizers_of(pipeline_of(folder))
         for file in sorted((folder / part).iterdir())
         if file.is_file()
     ]
-    configs = [f"{part}/config.json" for part in MODELS]
+    configs = [f"{part}/config.json" for part in models_of(pipeline_of(folder))]
     lines = [
         f"{name} {_hash_file(folder / name)}\n" for name in (*configs, *weight_files(folder), *tokenizers)
     ]
@@ -86,7 +112,9 @@ def _locate_on_hub(info: BackboneInfo, *, download: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    patterns = list(PATTERNS)
+    pipeline = info.architecture.pipeline  # a repository's single-file copy of the transformer is not fetched
+    folders = (*models_of(pipeline), *tokenizers_of(pipeline), "scheduler")
+    patterns = ["model_index.json", *(f"{part}/*" for part in folders)]
     try:
         folder = Path(snapshot_download(info.source, allow_patterns=patterns, local_files_only=True))
         if missing_file(folder) is None:
@@ -107,6 +135,6 @@ def _weights_missing(info: BackboneInfo, reason: str) -> BackboneError:
     return BackboneError(
         f"the weights of {info.name} are not on this machine ({reason}). One of these helps:\n"
         f"  accept the licence at https://huggingface.co/{info.source}, then: hf auth login\n"
-        f"  --backbone FOLDER        a folder in diffusers' FluxPipeline format\n"
+        f"  --backbone FOLDER        a folder in diffusers' {info.architecture.pipeline} format\n"
         f"  --backbone flux-scenes   {TRY_IT}"
     )

@@ -34,7 +34,7 @@ def show_stores(*, as_json: bool) -> None:
     if not entries:
         say(f"no stores under {folder.absolute()}")
         return next_command("mmdiff-cache", "extract", "--dataset", "scenes")
-    table = _table(
+    table = new_table(
         "store", "data set", "backbone", "splits", "layers x t", "samples", "on disk", "raw/disk", "age"
     )
     for entry in entries:
@@ -53,7 +53,7 @@ def show_store(path: Path, *, as_json: bool) -> None:
     if as_json:
         return print_json(summary.to_json())
     say(str(store))
-    _print("identity", _facts({**summary.identity, **summary.provenance}))
+    _print("identity", facts_table({**summary.identity, **summary.provenance}))
     _print("samples", _samples(summary))
     _print("arrays", _arrays(summary.arrays))
     if summary.maps:
@@ -79,7 +79,7 @@ def show_age(seconds: float) -> str:
     return f"{max(seconds, 0.0):.0f} s"
 
 
-def _table(*columns: str) -> Table:
+def new_table(*columns: str) -> Table:
     table = Table(box=None, pad_edge=False, header_style="dim")
     for column in columns:
         table.add_column(column, overflow="fold")
@@ -108,7 +108,7 @@ def _cells(entry: StoreEntry) -> list[str]:
     ]
 
 
-def _facts(facts: dict[str, Any]) -> Table:
+def facts_table(facts: dict[str, Any]) -> Table:
     table = Table(box=None, pad_edge=False, show_header=False)
     for name, value in facts.items():
         table.add_row(f"[dim]{safe(name)}[/]", safe(str(value)))
@@ -116,7 +116,7 @@ def _facts(facts: dict[str, Any]) -> Table:
 
 
 def _samples(summary: StoreSummary) -> Table:
-    table = _table("split", "done", "planned", "failed", "pending")
+    table = new_table("split", "done", "planned", "failed", "pending")
     for split, states in summary.splits.items():
         table.add_row(
             safe(split),
@@ -136,7 +136,7 @@ def _reasons(states: SplitStates, most: int = 5) -> list[str]:
 
 
 def _arrays(arrays: Sequence[ArraySummary]) -> Table:
-    table = _table("array", "type", "axes", "shape", "chunk", "shard", "codecs", "on disk", "raw/disk")
+    table = new_table("array", "type", "axes", "shape", "chunk", "shard", "codecs", "on disk", "raw/disk")
     for array in arrays:
         table.add_row(
             safe(array.path),
@@ -157,7 +157,7 @@ def _sides(shape: Sequence[int]) -> str:
 
 
 def _maps(maps: Sequence[MapStatistics]) -> Table:
-    table = _table("t", "layer", "mean", "rms", "max", "entropy", "clipped", "flushed", "non-finite")
+    table = new_table("t", "layer", "mean", "rms", "max", "entropy", "clipped", "flushed", "non-finite")
     for entry in maps:
         table.add_row(
             f"{entry.timestep:g}",
@@ -174,7 +174,7 @@ def _maps(maps: Sequence[MapStatistics]) -> Table:
 
 
 def _labels(labels: Sequence[LabelStatistics]) -> Table:
-    table = _table("label", "kind", "split", "samples", "what the pixels are")
+    table = new_table("label", "kind", "split", "samples", "what the pixels are")
     for label in labels:
         shares = ", ".join(f"{name} {share:.1%}" for name, share in label.shares.items())
         metres = (

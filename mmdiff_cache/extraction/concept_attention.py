@@ -61,7 +61,7 @@ def reading(
     recorders = {address: _AttentionRecorder(slot.block) for address, slot in doubles.items()}
 
     def advance(call: BlockCall) -> None:
-        image = recorders[call.address].take(call.inputs["image_rotary_emb"])
+        image = recorders[call.address].take(call.inputs.get("image_rotary_emb"))
         for stream in streams.values():
             attended, stream.tokens = update_concepts(call.block, stream.tokens, modulation, image)
             stream.scores[call.address] = attended.to(torch.float32) @ image.outputs.to(torch.float32).mT
@@ -81,15 +81,24 @@ def update_concepts(
 ) -> tuple[Float[Tensor, "B K C"], Float[Tensor, "B K C"]]:
     """One double block's step: the attention outputs o_c (Paper: Eq. 3) and the updated concept tokens."""
     parts = cast(Any, block)
-    normed, gate_attention, shift, scale, gate_mlp = parts.norm1_context(concepts, emb=modulation)
+    last = bool(getattr(parts, "context_pre_only", False))  # SD3's last block, which has no text output
+    normed, *rest = (
+        (parts.norm1_context(concepts, modulation),)
+        if last
+        else parts.norm1_context(concepts, emb=modulation)
+    )
     # Concepts stand at position zero like text, where the rotary embedding is the identity.
-    queries = _heads(parts.attn.norm_added_q, parts.attn.add_q_proj(normed), parts.attn.head_dim)
-    keys = _heads(parts.attn.norm_added_k, parts.attn.add_k_proj(normed), parts.attn.head_dim)
-    values = _heads(nn.Identity(), parts.attn.add_v_proj(normed), parts.attn.head_dim)
+    size = _head_size(parts.attn)
+    queries = _heads(parts.attn.norm_added_q, parts.attn.add_q_proj(normed), size)
+    keys = _heads(parts.attn.norm_added_k, parts.attn.add_k_proj(normed), size)
+    values = _heads(None, parts.attn.add_v_proj(normed), size)
     attended = F.scaled_dot_product_attention(
         queries, torch.cat((keys, image.keys), dim=2), torch.cat((values, image.values), dim=2)
     )
     outputs = rearrange(attended, "B heads K head_size -> B K (heads head_size)")
+    if last:
+        return outputs, concepts
+    gate_attention, shift, scale, gate_mlp = rest
     concepts = concepts + gate_attention[:, None] * parts.attn.to_add_out(outputs)
     modulated = parts.norm2_context(concepts) * (1 + scale[:, None]) + shift[:, None]
     return outputs, concepts + gate_mlp[:, None] * parts.ff_context(modulated)
@@ -125,15 +134,17 @@ class _AttentionRecorder:
                 handle.remove()
             self._seen.clear()
 
-    def take(self, rotary: tuple[Tensor, Tensor]) -> ImageAttention:
-        """What the last call computed; `rotary` are the angles of all tokens, image tokens last."""
+    def take(self, rotary: tuple[Tensor, Tensor] | None) -> ImageAttention:
+        """What the last call computed; `rotary` are the angles of all tokens, image tokens last, if any."""
         attn, seen = cast(Any, self._block).attn, self._seen
-        image_tokens = seen["outputs"].shape[1]
-        cosine, sine = (part[-image_tokens:] for part in rotary)
-        keys = _heads(attn.norm_k, seen["keys"], attn.head_dim)
+        image_tokens, size = seen["outputs"].shape[1], _head_size(attn)
+        keys = _heads(attn.norm_k, seen["keys"], size)
+        if rotary is not None:
+            angles = tuple(part[-image_tokens:] for part in rotary)
+            keys = cast(Tensor, cast(Any, apply_rotary_emb)(keys, angles))
         image = ImageAttention(
-            keys=cast(Tensor, cast(Any, apply_rotary_emb)(keys, (cosine, sine))),
-            values=_heads(nn.Identity(), seen["values"], attn.head_dim),
+            keys=keys,
+            values=_heads(None, seen["values"], size),
             outputs=seen["outputs"],
         )
         seen.clear()
@@ -152,8 +163,12 @@ class _AttentionRecorder:
         return keep
 
 
+def _head_size(attn: Any) -> int:
+    return int(attn.head_dim if hasattr(attn, "head_dim") else attn.inner_dim // attn.heads)
+
+
 def _heads(
-    norm: nn.Module, projected: Float[Tensor, "B S C"], size: int
+    norm: nn.Module | None, projected: Float[Tensor, "B S C"], size: int
 ) -> Float[Tensor, "B heads S head_size"]:
     split = rearrange(projected, "B S (heads head_size) -> B S heads head_size", head_size=size)
-    return rearrange(norm(split), "B S heads head_size -> B heads S head_size")
+    return rearrange(split if norm is None else norm(split), "B S heads head_size -> B heads S head_size")

@@ -28,24 +28,29 @@ class Cost:
         return self.operations / self.speed
 
     def __str__(self) -> str:
-        total, speed = _show_operations(self.operations), _show_operations(self.speed)
+        total, speed = show_operations(self.operations), show_operations(self.speed)
         return f"about {show_duration(self.seconds)} ({total} at an assumed {speed}/s)"
 
 
 def estimate(config: ExtractConfig, info: BackboneInfo, *, samples: int) -> Cost:
-    """The cost of a resolved configuration for so many samples.
-
-    A block costs 24 C^2 S + 4 S^2 C operations for S tokens of text and image, double and single blocks
-    alike; the concept stream, the VAE and the text encoders are left out.
-    """
-    rows, columns = info.token_grid(filled(config.resolution))
-    tokens, width = rows * columns + filled(config.text_length), info.channels
+    """The cost of a resolved configuration for so many samples: transformer alone (forward_operations)."""
     blocks = 1 + max(info.blocks.index(layer) for layer in filled(config.layers))
     if config.concepts:
         blocks = max(blocks, len(info.double_blocks))
-    forward = blocks * (24 * width**2 * tokens + 4 * tokens**2 * width)
+    forward = forward_operations(info, filled(config.resolution), filled(config.text_length), blocks)
     device, speed = _device(config.device)
     return Cost(operations=forward * len(filled(config.timesteps)) * samples, speed=speed, device=device)
+
+
+def forward_operations(info: BackboneInfo, resolution: int, text_length: int, blocks: int) -> float:
+    """Floating-point operations of one forward pass through so many blocks.
+
+    A block costs 24 C^2 S + 4 S^2 C for S tokens of text and image, double and single blocks alike; the
+    concept stream, the VAE and the text encoders are left out.
+    """
+    rows, columns = info.token_grid(resolution)
+    tokens, width = rows * columns + info.architecture.clip_tokens + text_length, info.channels
+    return blocks * (24 * width**2 * tokens + 4 * tokens**2 * width)
 
 
 def _device(name: str) -> tuple[str, float]:
@@ -67,7 +72,7 @@ def show_duration(seconds: float) -> str:
     return f"{seconds / 86400:.1f} days"
 
 
-def _show_operations(count: float) -> str:
+def show_operations(count: float) -> str:
     for unit in ("GFLOP", "TFLOP", "PFLOP"):
         if count < 1e12 or unit == "PFLOP":
             return f"{count / 1e9:,.3g} {unit}"

@@ -13,7 +13,8 @@ from PIL import Image
 from torch import Tensor
 
 from mmdiff_cache.backbones.base import PromptEmbeddings
-from mmdiff_cache.backbones.flux import PROMPT_CACHE, FluxBackbone
+from mmdiff_cache.backbones.flux import FluxBackbone
+from mmdiff_cache.backbones.pipeline import PROMPT_CACHE
 from mmdiff_cache.backbones.registry import describe, load_backbone
 from mmdiff_cache.errors import BackboneError, ConfigError
 from mmdiff_cache.extraction.concept_attention import reading

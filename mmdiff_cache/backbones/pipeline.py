@@ -1,0 +1,209 @@
+"""What FLUX and SD3 have in common as pipelines of diffusers: loading, the VAE, prompts, refusals."""
+
+import logging
+import warnings
+from abc import abstractmethod
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from diffusers.utils import logging as diffusers_logging
+from einops import rearrange
+from jaxtyping import Float, UInt8
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers.utils import logging as transformers_logging
+
+from mmdiff_cache.backbones.base import Backbone, BlockSlot, PromptEmbeddings
+from mmdiff_cache.backbones.info import PATCH, BackboneInfo, DTypeName
+from mmdiff_cache.backbones.weights import hash_weights, models_of
+from mmdiff_cache.errors import BackboneError, ConfigError
+
+logger = logging.getLogger(__name__)
+
+DTYPES: Mapping[DTypeName, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+PROMPT_CACHE = 64
+"""Encoded prompts kept; one of FLUX.1-dev takes 4 MiB."""
+
+
+class PipelineBackbone(Backbone):
+    """A diffusers pipeline whose transformer may lack its last blocks."""
+
+    def __init__(self, info: BackboneInfo, pipeline: Any, *, folder: Path, text_length: int) -> None:
+        self.info = info
+        self._pipeline = pipeline
+        self._folder = folder
+        self._transformer: Any = pipeline.transformer
+        self._vae = cast(AutoencoderKL, pipeline.vae)
+        self.device = cast(torch.device, self._transformer.device)
+        self.dtype = cast(torch.dtype, self._transformer.dtype)
+        self._text_length = text_length
+        self._prompts: dict[str, tuple[Tensor, Tensor]] = {}
+        self._blocks = self._list_blocks()
+        for name in models_of(info.architecture.pipeline):
+            cast(nn.Module, getattr(pipeline, name)).requires_grad_(False).eval()
+
+    @abstractmethod
+    def _list_blocks(self) -> dict[str, BlockSlot]:
+        """The transformer's blocks by address, in the order in which they run."""
+
+    @abstractmethod
+    def _encode(self, prompt: str) -> tuple[Tensor, Tensor]:
+        """One prompt: the vectors of its tokens [1 S E] and the pooled one [1 E_pooled]."""
+
+    @abstractmethod
+    def _pieces(self, word: str) -> Float[Tensor, "piece E"]:
+        """The T5 vectors of a word's own pieces, without the end marker; none for a word without tokens."""
+
+    @property
+    def blocks(self) -> Mapping[str, BlockSlot]:
+        return self._blocks
+
+    def identity(self) -> dict[str, str]:
+        quantisation = getattr(self._transformer.config, "quantization_config", None) or {}
+        return {
+            "pipeline": self.info.architecture.pipeline,
+            "weights_sha256": hash_weights(self._folder),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "quantisation": str(quantisation.get("quant_method", "none")),
+        }
+
+    @torch.inference_mode()
+    def encode_image(self, images: UInt8[Tensor, "B H W 3"]) -> Float[Tensor, "B c H_f W_f"]:
+        # Channels-last in memory, as diffusers' image processor leaves it: a convolution's bits depend on it.
+        pixels = rearrange(images.to(self.device), "B H W rgb -> B rgb H W").to(torch.float32) / 255 * 2 - 1
+        with _full_precision_convolutions():
+            posterior = cast(Any, self._vae.encode(pixels)).latent_dist
+        config = cast(Any, self._vae.config)
+        return (posterior.mode() - (config.shift_factor or 0.0)) * config.scaling_factor
+
+    def pack(self, latent: Float[Tensor, "B c H_f W_f"]) -> Float[Tensor, "B h w P"]:
+        return rearrange(latent, "B c (h dy) (w dx) -> B h w (c dy dx)", dy=PATCH, dx=PATCH)
+
+    @torch.inference_mode()
+    def encode_prompts(self, prompts: Sequence[str]) -> PromptEmbeddings:
+        encoded = [self._encode_prompt(prompt) for prompt in prompts]
+        return PromptEmbeddings(
+            tokens=torch.cat([tokens for tokens, _ in encoded]),
+            pooled=torch.cat([pooled for _, pooled in encoded]),
+        )
+
+    @torch.inference_mode()
+    def embed_concepts(self, words: Sequence[str]) -> Float[Tensor, "K C"]:
+        """Each word alone through T5, then the model's text embedding.
+
+        ConceptAttention takes a word's first piece, which reads 'skyscraper' as 'sky'. Here it is the mean
+        over the word's own pieces, the same thing wherever a word is one piece.
+        """
+        vectors: list[Tensor] = []
+        for word in words:
+            pieces = self._pieces(word)
+            if len(pieces) == 0:
+                raise ConfigError(f"concept {word!r} has no token in the text encoder of {self.info.name}")
+            vectors.append(pieces.to(torch.float32).mean(dim=0).to(pieces.dtype))
+        return cast(Tensor, self._transformer.context_embedder(torch.stack(vectors)))
+
+    def _encode_prompt(self, prompt: str) -> tuple[Tensor, Tensor]:
+        """[1 S E] and [1 E_pooled]. One prompt a pass, so that a cached one equals a new one bit for bit."""
+        if prompt not in self._prompts:
+            tokens, pooled = self._encode(prompt)
+            if len(self._prompts) == PROMPT_CACHE:
+                self._prompts.pop(next(iter(self._prompts)))
+            self._prompts[prompt] = tokens, pooled
+        return self._prompts[prompt]
+
+
+def load_pipeline(
+    info: BackboneInfo,
+    folder: Path,
+    pipeline_class: type[DiffusionPipeline],
+    transformer_class: Any,
+    *,
+    device: str | torch.device,
+    dtype: DTypeName,
+    **options: Any,
+) -> Any:
+    """A pipeline on its device; `options` go to the transformer. The VAE always runs in float32.
+
+    Raises BackboneError when the weights cannot be loaded, ConfigError for a device that is not there.
+    """
+    chosen = choose_device(device)
+    logger.info("loading %s from %s: %s, %s", info.name, folder, dtype, chosen)
+    local = {"use_safetensors": True, "local_files_only": True}
+    try:
+        with _quiet_loading():
+            transformer = transformer_class.from_pretrained(
+                folder, subfolder="transformer", torch_dtype=DTYPES[dtype], **options, **local
+            )
+            vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", torch_dtype=torch.float32, **local)
+            pipeline = cast(Any, pipeline_class).from_pretrained(
+                folder, transformer=transformer, vae=vae, torch_dtype=DTYPES[dtype], **local
+            )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise BackboneError(f"the weights of {info.name} in {folder} cannot be loaded: {error}") from error
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(chosen)
+
+
+def choose_device(device: str | torch.device) -> torch.device:
+    """`auto` is the GPU where there is one. Raises ConfigError for a device that is not there."""
+    present = torch.cuda.device_count()
+    if device == "auto":
+        return torch.device("cuda" if present else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise ConfigError(f"device must be auto, cpu, cuda or cuda:<number>, got {device!r}") from error
+    if chosen.type == "cuda" and (chosen.index or 0) >= present:
+        raise ConfigError(
+            f"device {device} is not on this machine, which has {present} CUDA devices; try auto"
+        )
+    return chosen
+
+
+@contextmanager
+def _quiet_loading() -> Generator[None]:
+    """Hide the loaders' progress bars, and their remarks on the blocks that are left out on purpose."""
+    libraries = (diffusers_logging, transformers_logging)
+    before = [(library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries]
+    with warnings.catch_warnings():
+        # Diffusers before 0.40 knows no other name for the argument.
+        warnings.filterwarnings("ignore", message="`torch_dtype` is deprecated", category=FutureWarning)
+        try:
+            for library in libraries:
+                library.set_verbosity_error()
+                library.disable_progress_bar()
+            yield
+        finally:
+            for library, (verbosity, bars) in zip(libraries, before, strict=True):
+                library.set_verbosity(verbosity)
+                if bars:
+                    library.enable_progress_bar()
+
+
+@contextmanager
+def _full_precision_convolutions() -> Generator[None]:
+    """Keep a GPU from rounding convolutions to TF32, which would change latents in the third digit."""
+    cudnn = torch.backends.cudnn
+    with cudnn.flags(
+        enabled=cudnn.enabled, benchmark=cudnn.benchmark, deterministic=cudnn.deterministic, allow_tf32=False
+    ):
+        yield
+
+
+def check_plain(transformer: Any) -> None:
+    """Raise BackboneError for an acceleration that hands the taps something else than the blocks' outputs."""
+    if getattr(transformer, "is_cache_enabled", False):
+        raise BackboneError(
+            "a step cache is enabled, which returns stale block outputs; call disable_cache() first"
+        )
+    if getattr(transformer, "_parallel_config", None) is not None:
+        raise BackboneError(
+            "the transformer is sharded, so blocks see a part of the tokens; use one GPU a process"
+        )
+    if any(getattr(module, "fused_projections", False) for module in transformer.modules()):
+        raise BackboneError("the QKV projections are fused; call unfuse_qkv_projections() first")

@@ -1,0 +1,81 @@
+"""Stable Diffusion 3 and 3.5 in diffusers' StableDiffusion3Pipeline format.
+
+All blocks are joint ones, called `double` here as in FLUX. The last has no text output. The pipeline's image
+tokens come first in its attention; the model is told the time as 0 to 1000, and takes the latent unpacked.
+"""
+
+from pathlib import Path
+from typing import cast
+
+import torch
+from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
+from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import StableDiffusion3Pipeline
+from jaxtyping import Float
+from torch import Tensor
+
+from mmdiff_cache.backbones.base import BlockSlot, PromptEmbeddings
+from mmdiff_cache.backbones.info import BackboneInfo, DTypeName
+from mmdiff_cache.backbones.pipeline import PipelineBackbone, check_plain, load_pipeline
+
+TIMES = 1000
+"""The model's time of pure noise."""
+
+
+class SD3Backbone(PipelineBackbone):
+    """A StableDiffusion3Pipeline. Two CLIP encoders and T5 make one sequence of text, in this order."""
+
+    @torch.inference_mode()
+    def forward(
+        self,
+        noised: Float[Tensor, "B c H_f W_f"],
+        t: Float[Tensor, " B"],
+        prompts: PromptEmbeddings,
+        guidance: float | None,
+    ) -> Float[Tensor, "B c H_f W_f"]:
+        check_plain(self._transformer)
+        return self._transformer(
+            hidden_states=noised.to(self.device, self.dtype),
+            timestep=t.to(self.device) * TIMES,
+            encoder_hidden_states=prompts.tokens,
+            pooled_projections=prompts.pooled,
+            return_dict=False,
+        )[0]
+
+    @torch.inference_mode()
+    def concept_modulation(self, t: Float[Tensor, " B"], guidance: float | None) -> Float[Tensor, "B C"]:
+        width = self._transformer.config.pooled_projection_dim
+        pooled = torch.zeros(len(t), width, device=self.device, dtype=self.dtype)
+        return cast(Tensor, self._transformer.time_text_embed(t.to(self.device) * TIMES, pooled))
+
+    def _encode(self, prompt: str) -> tuple[Tensor, Tensor]:
+        tokens, _, pooled, _ = self._pipeline.encode_prompt(
+            prompt=prompt,
+            prompt_2=prompt,
+            prompt_3=prompt,
+            device=self.device,
+            do_classifier_free_guidance=False,
+            max_sequence_length=self._text_length,
+        )
+        return cast(Tensor, tokens), cast(Tensor, pooled)
+
+    def _pieces(self, word: str) -> Float[Tensor, "piece E"]:
+        count = len(self._pipeline.tokenizer_3(word, add_special_tokens=False).input_ids)
+        behind = self._pipeline.tokenizer_max_length  # the tokens of CLIP stand before those of T5
+        return self._encode_prompt(word)[0][0, behind : behind + count]
+
+    def _list_blocks(self) -> dict[str, BlockSlot]:
+        container = self._transformer.transformer_blocks
+        return {
+            f"double.{index}": BlockSlot(block=block, container=container, index=index)
+            for index, block in enumerate(container)
+        }
+
+
+def load_sd3(
+    info: BackboneInfo, folder: Path, *, device: str | torch.device, dtype: DTypeName, text_length: int
+) -> SD3Backbone:
+    """Load a StableDiffusion3Pipeline folder; see `registry.load_backbone`. All blocks are loaded."""
+    pipeline = load_pipeline(
+        info, folder, StableDiffusion3Pipeline, SD3Transformer2DModel, device=device, dtype=dtype
+    )
+    return SD3Backbone(info, pipeline, folder=folder, text_length=text_length)
