@@ -5,14 +5,12 @@ T timestep, L layer, h w token grid, C backbone channels, K concepts, H W pixels
 """
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-
-from mmdiff_cache.errors import ConfigError
 
 LabelKind = Literal["classes", "mask", "depth"]
 Progress = Callable[[int, int, str], None]
@@ -34,36 +32,6 @@ class LabelSpec:
     ignore: int | None = None
     valid_range: tuple[float, float] | None = None
     crop: tuple[int, int, int, int] | None = None
-
-
-def label_spec(
-    name: str,
-    kind: str,
-    classes: Sequence[str] | None,
-    ignore: int | None,
-    valid_range: Sequence[float] | None,
-) -> LabelSpec:
-    """A LabelSpec from what a person typed. Raises ConfigError for a kind or field that cannot be."""
-    known = next((one for one in get_args(LabelKind) if one == kind), None)
-    if known is None:
-        raise ConfigError(f"labels are of kind {', '.join(get_args(LabelKind))}, got {kind!r}")
-    if (known == "classes") != bool(classes):
-        raise ConfigError(f"labels of kind {kind} {'need' if known == 'classes' else 'have no'} classes")
-    if (known == "depth") != (valid_range is not None):
-        raise ConfigError(
-            f"labels of kind {kind} {'need' if known == 'depth' else 'have no'} valid range of metres"
-        )
-    if valid_range is not None and not (len(valid_range) == 2 and 0 <= valid_range[0] < valid_range[1]):
-        raise ConfigError(f"a valid range is two numbers, the lower first, got {list(valid_range)}")
-    if ignore is not None and (known == "depth" or not 0 <= ignore <= 255):
-        raise ConfigError(f"ignore is an id from 0 to 255 of class or mask labels, got {ignore}")
-    return LabelSpec(
-        name=name,
-        kind=known,
-        classes=tuple(classes or ()),
-        ignore=ignore,
-        valid_range=None if valid_range is None else (valid_range[0], valid_range[1]),
-    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

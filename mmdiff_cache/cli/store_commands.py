@@ -108,9 +108,8 @@ def add(
     scale: Annotated[float, typer.Option(help="Metres a unit of a depth file: 0.001 for mm.")] = 1.0,
 ) -> None:
     """Add a label set from a folder of files named by sample id. Features and other labels stay untouched."""
-    from mmdiff_cache.datasets.label_folder import LabelFolder
+    from mmdiff_cache.datasets.label_folder import LabelFolder, label_spec
     from mmdiff_cache.extraction.labels import add_labels
-    from mmdiff_cache.records import label_spec
 
     spec = label_spec(name, kind, parse_list(classes), ignore, parse_numbers("--valid-range", valid_range))
     with progress_bar("labels") as advance:

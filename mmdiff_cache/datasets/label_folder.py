@@ -1,22 +1,52 @@
 """A folder of label maps, one file a sample, named by the sample's id: labels of one's own for any store."""
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from mmdiff_cache.datasets.pictures import MAX_PIXELS
-from mmdiff_cache.errors import DataError
-from mmdiff_cache.records import LabelSpec
+from mmdiff_cache.errors import ConfigError, DataError
+from mmdiff_cache.records import LabelKind, LabelSpec
 
 SUFFIXES = (".png", ".npy")
 ID_MODES = frozenset({"1", "L", "P"})
 DEPTH_MODES = frozenset({"I;16", "I;16B", "I", "F", "L"})
+
+
+def label_spec(
+    name: str,
+    kind: str,
+    classes: Sequence[str] | None,
+    ignore: int | None,
+    valid_range: Sequence[float] | None,
+) -> LabelSpec:
+    """A LabelSpec from what a person typed. Raises ConfigError for a kind or field that cannot be."""
+    known = next((one for one in get_args(LabelKind) if one == kind), None)
+    if known is None:
+        raise ConfigError(f"labels are of kind {', '.join(get_args(LabelKind))}, got {kind!r}")
+    if (known == "classes") != bool(classes):
+        raise ConfigError(f"labels of kind {kind} {'need' if known == 'classes' else 'have no'} classes")
+    if (known == "depth") != (valid_range is not None):
+        raise ConfigError(
+            f"labels of kind {kind} {'need' if known == 'depth' else 'have no'} valid range of metres"
+        )
+    if valid_range is not None and not (len(valid_range) == 2 and 0 <= valid_range[0] < valid_range[1]):
+        raise ConfigError(f"a valid range is two numbers, the lower first, got {list(valid_range)}")
+    if ignore is not None and (known == "depth" or not 0 <= ignore <= 255):
+        raise ConfigError(f"ignore is an id from 0 to 255 of class or mask labels, got {ignore}")
+    return LabelSpec(
+        name=name,
+        kind=known,
+        classes=tuple(classes or ()),
+        ignore=ignore,
+        valid_range=None if valid_range is None else (valid_range[0], valid_range[1]),
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
