@@ -49,7 +49,13 @@ def measure(samples: int, rounds: int, folder: Path) -> dict[str, list[float]]:
     setup = set_up(resolve(mm.TrainConfig(task="depth", stores=(str(store.path),), holdout=0.0)))
     extractor = load_extractor(plan.config, plan.backbone)
     scenes = [
-        prepare(plan.dataset.load("train", index), plan.config.resolution or 0, "") for index in range(BATCH)
+        prepare(
+            plan.dataset.load("train", index),
+            plan.config.resolution or 0,
+            "",
+            specs=plan.dataset.label_specs,
+        )
+        for index in range(BATCH)
     ]
     model = build_model(setup.spec).train()
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-4)

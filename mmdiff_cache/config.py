@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from .errors import ConfigError
+from .fitting import Fit
 
 NoiseForm = Literal["flow", "vp"]
 Codec = Literal["zstd", "fast", "int8"]
@@ -152,6 +153,8 @@ class ExtractConfig(Config):
     """Concept vocabularies by name."""
     resolution: int | None = None
     """Side of the square network input, in pixels."""
+    fit: Fit = "squash"
+    """How a picture becomes that square: `squash`, `pad` or `crop`."""
     guidance: float | None = None
     text_length: int | None = None
     """Tokens of the T5 prompt."""

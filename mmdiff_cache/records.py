@@ -5,6 +5,7 @@ T timestep, L layer, h w token grid, C backbone channels, K concepts, H W pixels
 """
 
 import hashlib
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -32,6 +33,11 @@ class LabelSpec:
     ignore: int | None = None
     valid_range: tuple[float, float] | None = None
     crop: tuple[int, int, int, int] | None = None
+
+    @property
+    def fill(self) -> float | int:
+        """What stands where a map has no pixel: NaN for depth, the ignored id or else 0 for ids."""
+        return math.nan if self.kind == "depth" else (self.ignore or 0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -191,6 +191,6 @@ def write_scenes_store(path: Path, train: int = 8, test: int = 4) -> Path:
 
     def render(sample_id: str) -> PreparedSample:
         _, split, number = sample_id.split("-")
-        return prepare(scenes.load(split, int(number)), size, "")
+        return prepare(scenes.load(split, int(number)), size, "", specs=SCENES_LABELS)
 
     return write_store(path, train=train, test=test, dataset="scenes", schema=schema, sample=render)

@@ -71,6 +71,9 @@ def extract(
         typer.Option(metavar="NAME=WORD,...", help="A concept vocabulary; may be repeated; 'none' for none."),
     ] = None,
     resolution: Annotated[int | None, typer.Option(help="Side of the network input in pixels.")] = None,
+    fit: Annotated[
+        str | None, typer.Option(help="How a picture becomes square: squash, pad or crop.")
+    ] = None,
     batch_size: BatchSize = None,
     prompts: Annotated[
         str | None, typer.Option(help="empty, scene, oracle, or a JSONL file of prompts.")
@@ -96,6 +99,7 @@ def extract(
         "timesteps": parse_numbers("--timesteps", timesteps),
         "concepts": parse_vocabularies(concepts),
         "resolution": resolution,
+        "fit": fit,
         "batch_size": batch_size,
         "prompts": prompts,
         "limit": limit,

@@ -1,8 +1,11 @@
 """What every data set offers: the order of its samples, and one sample at a time."""
 
+import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from pathlib import PurePath
 
+from mmdiff_cache.errors import DataError
 from mmdiff_cache.records import LabelSpec, Sample
 
 
@@ -27,3 +30,20 @@ class Dataset(ABC):
     @abstractmethod
     def load(self, split: str, index: int) -> Sample:
         """Read one sample. Raises DataError naming the file when the picture or a label cannot be used."""
+
+
+def safe_id(relative: PurePath) -> str:
+    """The id of a file: its path below the root in Unicode NFC.
+
+    Raises DataError for a name with characters that no store, page or terminal should carry.
+    """
+    sample_id = unicodedata.normalize("NFC", relative.as_posix())
+    bad = next(
+        (c for c in sample_id if c == "\\" or unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp")), None
+    )
+    if bad is not None:
+        raise DataError(
+            f"file name {sample_id!r} holds the character {bad!r}, which is not safe in an id; "
+            "rename the file"
+        )
+    return sample_id

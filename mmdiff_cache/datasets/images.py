@@ -1,18 +1,17 @@
-"""Any folder of pictures: no labels, one split named `all`."""
+"""Any folder of pictures: no labels, one split named `all`, unless a list says more (listed)."""
 
 import logging
 import os
-import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
-from mmdiff_cache.datasets.base import Dataset
+from mmdiff_cache.datasets.base import Dataset, safe_id
+from mmdiff_cache.datasets.listed import DEFAULT_SPLIT, ListedImages, find_list, read_rows, splits_of
 from mmdiff_cache.datasets.pictures import read_picture
 from mmdiff_cache.errors import ConfigError, DataError
 from mmdiff_cache.records import Sample
 
-SPLIT = "all"
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
 
 logger = logging.getLogger(__name__)
@@ -32,9 +31,9 @@ class ImageFolder(Dataset):
 
         Raises DataError for no pictures at all, an unsafe name, or two ids that differ only in case.
         """
-        if split != SPLIT:
+        if split != DEFAULT_SPLIT:
             raise ConfigError(
-                f"split {split!r} is not one of a folder of pictures; it has one split, {SPLIT!r}"
+                f"split {split!r} is not one of a folder of pictures; it has one split, {DEFAULT_SPLIT!r}"
             )
         return self._ids
 
@@ -66,34 +65,24 @@ class ImageFolder(Dataset):
         return tuple(sorted(self._files))
 
 
-def open_folder(data_root: str | None, resolution: int) -> ImageFolder:
-    """Open a folder of pictures, of any size.
+def open_folder(data_root: str | None, resolution: int) -> Dataset:
+    """Open a folder of pictures; one with a list has the pictures, splits, prompts and labels of that.
 
-    Raises ConfigError without a root, DataError for a root that is not a folder.
+    Raises ConfigError without a root, DataError for one that is no folder or whose list cannot be used.
     """
     if data_root is None:
         raise ConfigError("data set 'images' needs the folder of its pictures: --data-root DIR")
     root = Path(data_root).expanduser()
     if not root.is_dir():
         raise DataError(f"{root} is not a folder; --data-root must name a folder of pictures")
-    return ImageFolder(root)
+    file = find_list(root)
+    return ImageFolder(root) if file is None else ListedImages(root, file)
 
 
-def safe_id(relative: Path) -> str:
-    """The id of a file: its path below the root in Unicode NFC.
-
-    Raises DataError for a name with characters that no store, page or terminal should carry.
-    """
-    sample_id = unicodedata.normalize("NFC", relative.as_posix())
-    bad = next(
-        (c for c in sample_id if c == "\\" or unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp")), None
-    )
-    if bad is not None:
-        raise DataError(
-            f"file name {sample_id!r} holds the character {bad!r}, which is not safe in an id; "
-            "rename the file"
-        )
-    return sample_id
+def find_splits(data_root: str | None) -> Mapping[str, int | None]:
+    """The splits of a folder: those of its list, else one."""
+    file = None if data_root is None else find_list(Path(data_root).expanduser())
+    return dict.fromkeys([DEFAULT_SPLIT] if file is None else splits_of(read_rows(file)))
 
 
 def _walk(root: Path) -> Iterator[Path]:

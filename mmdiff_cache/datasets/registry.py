@@ -6,7 +6,7 @@ A new one is a file beside this one, with a `Dataset` and its `open` function, a
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from mmdiff_cache.datasets import duts, images, nyu_depth, scenes, voc
+from mmdiff_cache.datasets import duts, images, listed, nyu_depth, scenes, voc
 from mmdiff_cache.datasets.base import Dataset
 from mmdiff_cache.errors import ConfigError
 
@@ -38,6 +38,12 @@ class DatasetEntry:
     """Prompts that the data set itself knows, beside the empty one."""
     resolution: int | None = None
     """Side of the network input in pixels; None takes the backbone's."""
+    find_splits: Callable[[str | None], Mapping[str, int | None]] | None = None
+    """Where the files say which splits there are."""
+
+    def splits_in(self, data_root: str | None) -> Mapping[str, int | None]:
+        """The splits of the data set in a folder; see `splits`."""
+        return self.splits if self.find_splits is None else self.find_splits(data_root)
 
 
 DATASETS: Mapping[str, DatasetEntry] = {
@@ -100,9 +106,11 @@ DATASETS: Mapping[str, DatasetEntry] = {
         ),
         DatasetEntry(
             name="images",
-            summary="any folder of pictures, without labels",
+            summary="any folder of pictures; with a list of them, prompts and labels too",
             open=images.open_folder,
-            splits={images.SPLIT: None},
+            splits={listed.DEFAULT_SPLIT: None},
+            find_splits=images.find_splits,
+            prompt_kinds=(listed.PROMPT,),
             backbone="flux-dev",
             concepts=CONCEPTS,
             needs_root=True,

@@ -1,25 +1,26 @@
 """From a sample as distributed to the square that enters the backbone and the store."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from mmdiff_cache.errors import DataError
-from mmdiff_cache.records import PreparedSample, Sample
-
-FIT = "squash"
-"""How a picture becomes the square network input: each side scaled on its own, nothing cut off or added."""
+from mmdiff_cache.fitting import PAD, Fit, to_network
+from mmdiff_cache.records import LabelSpec, PreparedSample, Sample
 
 
-def prepare(sample: Sample, resolution: int, prompt: str) -> PreparedSample:
-    """Scale picture and labels to `resolution` x `resolution` pixels; the original labels go along untouched.
+def prepare(
+    sample: Sample, resolution: int, prompt: str, *, fit: Fit = "squash", specs: Sequence[LabelSpec] = ()
+) -> PreparedSample:
+    """Fit picture and labels to `resolution` x `resolution` pixels; the original labels go along untouched.
 
-    Pictures are filtered (Lanczos, with a support that grows when shrinking, so nothing aliases); labels take
-    the nearest pixel. A sample that already has the size is passed through unchanged. Raises DataError for a
-    label of another size than its picture.
+    `specs` describe the sample's labels, whose fill values their margins hold. Pictures are filtered
+    (Lanczos, with a support that grows when shrinking, so nothing aliases); labels take the nearest pixel. A
+    sample that already has the size is passed through unchanged. Raises DataError for a label of another size
+    than its picture.
     """
     for name, label in sample.labels.items():
         if label.shape != sample.image.shape[:2]:
@@ -27,11 +28,14 @@ def prepare(sample: Sample, resolution: int, prompt: str) -> PreparedSample:
                 f"{sample.sample_id}: label {name!r} is {_size(label)}, its picture {_size(sample.image)}; "
                 "they must have the same size"
             )
+    described = {spec.name: spec for spec in specs}
     return PreparedSample(
         sample_id=sample.sample_id,
-        image=resize_picture(sample.image, resolution),
+        image=resize_picture(to_network(sample.image, fit, PAD), resolution),
         prompt=prompt,
-        labels={name: resize_nearest(label, resolution) for name, label in sample.labels.items()},
+        labels={
+            name: fit_label(label, described[name], resolution, fit) for name, label in sample.labels.items()
+        },
         original_labels=dict(sample.labels),
         content_hash=content_hash(sample.image, sample.labels),
     )
@@ -42,6 +46,11 @@ def resize_picture(image: NDArray[np.uint8], resolution: int) -> NDArray[np.uint
     if image.shape[:2] == (resolution, resolution):
         return image
     return np.asarray(Image.fromarray(image).resize((resolution, resolution), Image.Resampling.LANCZOS))
+
+
+def fit_label(label: NDArray[np.generic], spec: LabelSpec, resolution: int, fit: Fit) -> NDArray[np.generic]:
+    """A label map [H W] at network size, [resolution resolution]."""
+    return resize_nearest(to_network(label, fit, spec.fill), resolution)
 
 
 def resize_nearest(label: NDArray[np.generic], resolution: int) -> NDArray[np.generic]:

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 
 from mmdiff_cache.backbones.weights import hash_weights, locate
-from mmdiff_cache.datasets.transforms import FIT
 from mmdiff_cache.extraction.plan import ExtractionPlan
 from mmdiff_cache.store.manifest import Manifest
 from mmdiff_cache.store.quantise import stored_as
@@ -32,7 +31,7 @@ def build_manifest(plan: ExtractionPlan) -> Manifest:
             "dtype": config.dtype,
             "quantisation": "none",
             "resolution": config.resolution,
-            "fit": FIT,
+            "fit": config.fit,
             "noise": config.noise.to_json(),
             "prompts": plan.prompts.identity,
             "guidance": config.guidance,

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmdiff_cache.datasets.label_folder import LabelFolder
-from mmdiff_cache.datasets.transforms import resize_nearest
+from mmdiff_cache.datasets.transforms import fit_label
 from mmdiff_cache.errors import DataError
 from mmdiff_cache.records import Progress
 from mmdiff_cache.store.checks import stray_id
@@ -99,11 +99,8 @@ def _write(out: LabelPartition, offset: int, source: LabelFolder, file: Path | N
     except DataError as error:
         out.fail(offset, str(error))
         return
-    out.write(offset, _at_network_size(out, values), values, _hash(values))
-
-
-def _at_network_size(out: LabelPartition, values: NDArray[Any]) -> NDArray[Any]:
-    return resize_nearest(values, out.manifest.schema.image_size[0])
+    small = fit_label(values, source.spec, out.manifest.schema.image_size[0], out.manifest.fit)
+    out.write(offset, small, values, _hash(values))
 
 
 def _hash(values: NDArray[Any]) -> str:

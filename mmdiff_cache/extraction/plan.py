@@ -12,7 +12,7 @@ from mmdiff_cache.backbones.registry import BACKBONES, describe
 from mmdiff_cache.config import ExtractConfig, data_folder, filled
 from mmdiff_cache.datasets.base import Dataset
 from mmdiff_cache.datasets.prompts import ORACLE, PromptRule, open_prompts
-from mmdiff_cache.datasets.registry import DatasetEntry, find_dataset
+from mmdiff_cache.datasets.registry import find_dataset
 from mmdiff_cache.errors import ConfigError, DataError, StorageRefused
 from mmdiff_cache.extraction.cost import Cost, estimate
 from mmdiff_cache.store.manifest import MANIFEST, read_manifest
@@ -83,8 +83,9 @@ def resolve(config: ExtractConfig) -> ExtractConfig:
     entry = find_dataset(config.dataset)
     name = config.backbone or entry.backbone
     info = describe(name)
-    splits = config.splits or tuple(entry.splits)
-    _check_splits(splits, entry)
+    there = tuple(entry.splits_in(config.data_root))
+    splits = config.splits or there
+    _check_splits(splits, there, config.dataset)
     info.check_layers(config.layers or ())
     resolution = config.resolution or entry.resolution or info.resolution
     rows, columns = info.token_grid(resolution)
@@ -186,10 +187,10 @@ def _absolute(path: str | None) -> str | None:
     return None if path is None else os.path.abspath(os.path.expanduser(path))
 
 
-def _check_splits(splits: Iterable[str], entry: DatasetEntry) -> None:
+def _check_splits(splits: Iterable[str], there: Sequence[str], dataset: str) -> None:
     for split in splits:
-        if split not in entry.splits:
-            raise ConfigError(f"split {split!r} is not one of {entry.name}: {', '.join(entry.splits)}")
+        if split not in there:
+            raise ConfigError(f"split {split!r} is not one of {dataset}: {', '.join(there)}")
 
 
 def _batching(config: ExtractConfig, tokens: int) -> tuple[int, int]:
@@ -278,7 +279,8 @@ def _lines(plan: ExtractionPlan) -> Iterable[tuple[str, str]]:
     )
     yield "backbone", f"{plan.backbone.name}, {config.dtype} on {plan.cost.device}"
     rows, columns = schema.grid
-    yield "input", f"{config.resolution} px square = {rows} x {columns} tokens of {schema.channels} channels"
+    tokens = f"{rows} x {columns} tokens of {schema.channels} channels"
+    yield "input", f"{config.resolution} px square ({config.fit}) = {tokens}"
     yield "layers", " ".join(schema.layers)
     yield "timesteps", " ".join(f"{t:g}" for t in schema.timesteps)
     yield "concepts", ", ".join(f"{v.name} ({' '.join(v.concepts)})" for v in schema.vocabularies) or "none"

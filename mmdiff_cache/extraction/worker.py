@@ -70,7 +70,13 @@ def load_batch(plan: ExtractionPlan, split: str, indices: Sequence[int]) -> list
 def _load(plan: ExtractionPlan, split: str, index: int) -> Loaded:
     try:
         sample = plan.dataset.load(split, plan.positions[split][index])
-        return prepare(sample, filled(plan.config.resolution), plan.prompts.prompt(sample))
+        return prepare(
+            sample,
+            filled(plan.config.resolution),
+            plan.prompts.prompt(sample),
+            fit=plan.config.fit,
+            specs=plan.dataset.label_specs,
+        )
     except DataError as error:
         return Unusable(sample_id=plan.samples[split][index], reason=f"{UNREADABLE}{error}")
 

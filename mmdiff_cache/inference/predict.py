@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from mmdiff_cache.backbones.registry import describe
 from mmdiff_cache.config import ExtractConfig, filled
-from mmdiff_cache.datasets.images import safe_id
+from mmdiff_cache.datasets.base import safe_id
 from mmdiff_cache.datasets.pictures import read_picture
 from mmdiff_cache.datasets.prompts import PromptRule, open_prompts
 from mmdiff_cache.datasets.registry import find_dataset
@@ -27,6 +27,7 @@ from mmdiff_cache.datasets.transforms import prepare
 from mmdiff_cache.errors import BackboneError, DataError
 from mmdiff_cache.extraction.extractor import Extractor, failures
 from mmdiff_cache.extraction.run import load_extractor
+from mmdiff_cache.fitting import PAD, asked_size, from_network, to_network
 from mmdiff_cache.inference.output import Prediction, write_predictions
 from mmdiff_cache.loader import NO_CONCEPTS, Batch, picture_values
 from mmdiff_cache.records import FeatureBatch, LabelSpec, PreparedSample, Progress, Sample
@@ -111,7 +112,7 @@ class TrainedModel:
                 f"{self.extraction.prompts!r}; new pictures need a run on a store with --prompts empty"
             ) from error
         bare = Sample(sample_id=sample.sample_id, image=sample.image)
-        return prepare(bare, filled(self.extraction.resolution), prompt)
+        return prepare(bare, filled(self.extraction.resolution), prompt, fit=self.extraction.fit)
 
     def batch(self, samples: Sequence[PreparedSample]) -> Batch:
         """One pass of the backbone over as many samples as the store had in a batch, or fewer.
@@ -206,11 +207,20 @@ def predict(
 
 
 def _predict_one(model: TrainedModel, batch: Batch, row: int, sample: Sample) -> Prediction:
-    """One sample of a batch through the head, alone: rounding depends on how many go through together."""
-    size = (sample.image.shape[0], sample.image.shape[1])
-    [array] = predict_batch(model.model, model.task, select(batch, [row]), [size], model.config.precision)
+    """One sample of a batch through the head, alone: rounding depends on how many go through together.
+
+    Where pictures were cropped, picture and prediction are the middle square that the network saw.
+    """
+    fit, size = model.extraction.fit, (sample.image.shape[0], sample.image.shape[1])
+    [array] = predict_batch(
+        model.model, model.task, select(batch, [row]), [asked_size(size, fit)], model.config.precision
+    )
     return Prediction(
-        sample_id=sample.sample_id, task=model.task.name, label=model.label, image=sample.image, array=array
+        sample_id=sample.sample_id,
+        task=model.task.name,
+        label=model.label,
+        image=to_network(sample.image, fit, PAD) if fit == "crop" else sample.image,
+        array=from_network(array, size, fit),
     )
 
 

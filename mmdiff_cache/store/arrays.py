@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from mmdiff_cache.records import STATISTICS, LabelSpec
+from mmdiff_cache.records import STATISTICS
 
 if TYPE_CHECKING:  # schema counts bytes with this table
     from .schema import LabelArray, StoreSchema, Vocabulary
@@ -99,11 +99,6 @@ def filled_rows(spec: ArraySpec, samples: int) -> NDArray[Any]:
     """So many rows of an array in memory, full of its fill value."""
     dtype = object if spec.dtype == "string" else spec.dtype
     return np.full((samples, *spec.shape[1:]), spec.fill, dtype=dtype)
-
-
-def label_fill(spec: LabelSpec) -> Scalar:
-    """What stands where a label map has no pixel: NaN for depth, the ignore id or else 0 for ids."""
-    return math.nan if spec.kind == "depth" else (spec.ignore or 0)
 
 
 def _coordinate(path: str, dtype: str, values: tuple[Scalar, ...], dim: str, note: str) -> ArraySpec:
@@ -220,7 +215,7 @@ def _concept_arrays(schema: "StoreSchema", words: "Vocabulary", samples: int) ->
 
 
 def _label_arrays(schema: "StoreSchema", label: "LabelArray", samples: int) -> tuple[ArraySpec, ...]:
-    folder, spec, fill = f"labels/{label.spec.name}", label.spec, label_fill(label.spec)
+    folder, spec, fill = f"labels/{label.spec.name}", label.spec, label.spec.fill
     dtype, units = ("float32", "metre") if spec.kind == "depth" else ("uint8", "1")
     canvas = {"original_height": label.canvas[0], "original_width": label.canvas[1]}
     original_note = f"{spec.name} as distributed, in the top left corner of a canvas"

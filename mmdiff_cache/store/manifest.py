@@ -13,9 +13,10 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from mmdiff_cache.errors import ConfigError, DamageError, StoreError
+from mmdiff_cache.fitting import Fit
 
 from .records import Partition, canonical, is_text, partitions, seal, unseal
 from .schema import FORMAT_VERSION, StoreSchema, Vocabulary, check_name
@@ -50,6 +51,8 @@ class Manifest:
             or type(self.identity["noise"].get("seed")) is not int
         ):
             raise ConfigError("identity of a store must hold noise.seed, a whole number")
+        if self.identity.get("fit", "squash") not in get_args(Fit):
+            raise ConfigError(f"fit must be one of {', '.join(get_args(Fit))}, got {self.identity['fit']!r}")
         if not self.splits:
             raise ConfigError("a store must have at least one split")
         for split, ids in self.splits.items():
@@ -74,6 +77,11 @@ class Manifest:
     def seed(self) -> int:
         """Seed of the run's noise."""
         return self.identity["noise"]["seed"]
+
+    @property
+    def fit(self) -> Fit:
+        """How pictures became the square network input."""
+        return self.identity.get("fit", "squash")
 
     def partitions(self, split: str) -> tuple[Partition, ...]:
         """The partitions of a split, in order."""

@@ -168,7 +168,11 @@ def _protocol(dataset: CachedFeatureDataset, task: Task, split: str) -> str:
     if label.crop is not None:
         top, bottom, left, right = label.crop
         how += f"; rows {top} to {bottom} and columns {left} to {right} of the original"
-    size = "outputs resized to the labels' original size first"
+    size = {
+        "squash": "outputs resized to the labels' original size first",
+        "pad": "outputs resized to the labels' original size first, margins taken off",
+        "crop": "the middle square that the network saw, outputs resized to its original size first",
+    }[dataset.store.manifest.fit]
     return f"{len(dataset)} samples of {split}{left_out}; {size}; {how}"
 
 

@@ -5,13 +5,15 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mmdiff_cache.fitting import asked_size, from_network, to_network
 from mmdiff_cache.loader import Batch, CachedFeatureDataset, make_loader
-from mmdiff_cache.records import Progress
+from mmdiff_cache.records import LabelSpec, Progress
 from mmdiff_cache.tasks import Task
 from mmdiff_cache.training.build import Model
 
@@ -106,15 +108,20 @@ def score(
     label = dataset.reader.label_specs[task.label]
     if not original:
         label = replace(label, crop=None)  # it counts pixels of the original
+    fit = dataset.store.manifest.fit if original else "squash"
+    if fit == "crop":
+        label = replace(label, crop=None)  # _truths leaves out what lies outside of it
     metrics = {name: task.metric(label, data_set) for name in predictors}
     own: dict[str, dict[str, Mapping[str, float]]] = {name: {} for name in predictors}
     done = 0
     for batch in make_loader(dataset, batch_size, shuffle=False):
         truths = _truths(dataset, task.label, batch, original)
         sizes = [(truth.shape[0], truth.shape[1]) for truth in truths]
+        asked = [asked_size(size, fit) for size in sizes]
         for name, predictor in predictors.items():
-            for sample_id, guess, truth in zip(batch.ids, predictor(batch, sizes), truths, strict=True):
-                own[name][sample_id] = metrics[name].update(guess, truth)
+            guesses = predictor(batch, asked)
+            for sample_id, guess, size, truth in zip(batch.ids, guesses, sizes, truths, strict=True):
+                own[name][sample_id] = metrics[name].update(from_network(guess, size, fit), truth)
         done += len(batch.ids)
         if progress is not None:
             progress(done, len(dataset), "evaluating")
@@ -122,6 +129,18 @@ def score(
 
 
 def _truths(dataset: CachedFeatureDataset, label: str, batch: Batch, original: bool) -> list[NDArray[Any]]:
-    if original:
-        return [dataset.reader.original_label(label, int(index)) for index in batch.indices]
-    return list(batch.targets[label].numpy())
+    if not original:
+        return list(batch.targets[label].numpy())
+    spec, fit = dataset.reader.label_specs[label], dataset.store.manifest.fit
+    truths = [dataset.reader.original_label(label, int(index)) for index in batch.indices]
+    return truths if fit != "crop" else [_seen(truth, spec) for truth in truths]
+
+
+def _seen(truth: NDArray[Any], spec: LabelSpec) -> NDArray[Any]:
+    """What a network that was given the middle of a picture can be asked for."""
+    if spec.crop is not None:
+        top, bottom, left, right = spec.crop
+        blank = np.full_like(truth, spec.fill)
+        blank[top:bottom, left:right] = truth[top:bottom, left:right]
+        truth = blank
+    return to_network(truth, "crop", spec.fill)

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mmdiff_cache.datasets.images import open_folder, safe_id
+from mmdiff_cache.datasets.base import safe_id
+from mmdiff_cache.datasets.images import open_folder
 from mmdiff_cache.errors import ConfigError, DataError
 
 

@@ -9,7 +9,14 @@ from hypothesis import strategies as st
 
 from mmdiff_cache.datasets.transforms import prepare, resize_nearest, resize_picture
 from mmdiff_cache.errors import DataError
-from mmdiff_cache.records import Sample
+from mmdiff_cache.fitting import PAD, Fit, asked_size, from_network, to_network
+from mmdiff_cache.records import LabelSpec, Sample
+
+SPECS = (
+    LabelSpec(name="classes", kind="classes", classes=("a", "b", "c", "d"), ignore=255),
+    LabelSpec(name="depth", kind="depth", valid_range=(0.0, 1.0)),
+)
+SIZES = st.tuples(st.integers(1, 60), st.integers(1, 60))
 
 
 def sample(height: int, width: int, seed: int = 0) -> Sample:
@@ -26,7 +33,7 @@ def sample(height: int, width: int, seed: int = 0) -> Sample:
 
 def test_a_sample_of_the_right_size_is_passed_through() -> None:
     given_sample = sample(32, 32)
-    prepared = prepare(given_sample, 32, "a ball")
+    prepared = prepare(given_sample, 32, "a ball", specs=SPECS)
     assert prepared.prompt == "a ball"
     np.testing.assert_array_equal(prepared.image, given_sample.image)
     for name, label in given_sample.labels.items():
@@ -39,7 +46,7 @@ def test_labels_keep_their_values_and_type_and_the_original_stays(
     h: int, w: int, resolution: int, seed: int
 ) -> None:
     given_sample = sample(h, w, seed)
-    prepared = prepare(given_sample, resolution, "")
+    prepared = prepare(given_sample, resolution, "", specs=SPECS)
     assert prepared.image.shape == (resolution, resolution, 3)
     for name, label in given_sample.labels.items():
         assert prepared.labels[name].shape == (resolution, resolution)
@@ -71,18 +78,52 @@ def test_shrinking_does_not_alias() -> None:
 
 def test_the_content_hash_sees_every_part_and_nothing_else() -> None:
     base = sample(5, 6)
-    hashed = prepare(base, 8, "a").content_hash
-    assert prepare(base, 16, "b").content_hash == hashed
-    assert prepare(replace(base, sample_id="two"), 8, "a").content_hash == hashed
+    hashed = prepare(base, 8, "a", specs=SPECS).content_hash
+    assert prepare(base, 16, "b", specs=SPECS).content_hash == hashed
+    assert prepare(replace(base, sample_id="two"), 8, "a", specs=SPECS).content_hash == hashed
     image = base.image.copy()
     image[0, 0, 0] ^= 1
-    assert prepare(replace(base, image=image), 8, "a").content_hash != hashed
+    assert prepare(replace(base, image=image), 8, "a", specs=SPECS).content_hash != hashed
     labels = {**base.labels, "depth": base.labels["depth"] + np.float32(1)}
-    assert prepare(replace(base, labels=labels), 8, "a").content_hash != hashed
-    assert prepare(replace(base, labels={}), 8, "a").content_hash != hashed
+    assert prepare(replace(base, labels=labels), 8, "a", specs=SPECS).content_hash != hashed
+    assert prepare(replace(base, labels={}), 8, "a", specs=SPECS).content_hash != hashed
 
 
 def test_a_label_of_another_size_is_refused_by_name() -> None:
     broken = replace(sample(5, 6), labels={"depth": np.zeros((6, 5), np.float32)})
     with pytest.raises(DataError, match=r"one: label 'depth' is 5 x 6, its picture 6 x 5"):
-        prepare(broken, 8, "")
+        prepare(broken, 8, "", specs=SPECS)
+
+
+@settings(max_examples=40, deadline=None)
+@given(SIZES, st.sampled_from(("pad", "crop")))
+def test_pad_and_crop_give_squares_that_keep_shapes_and_come_back(size: tuple[int, int], fit: Fit) -> None:
+    array = np.random.default_rng(0).integers(0, 99, (*size, 3), dtype=np.uint8)
+    square = to_network(array, fit, 200)
+    assert square.shape[:2] == asked_size(size, fit)
+    assert square.shape[0] == square.shape[1] == (max if fit == "pad" else min)(size)
+    if fit == "pad":
+        np.testing.assert_array_equal(from_network(square, size, fit), array)
+        assert (square == 200).all(axis=2).sum() == square.shape[0] ** 2 - size[0] * size[1], "only margins"
+    else:
+        assert from_network(square, size, fit) is square
+        top, left = (size[0] - len(square)) // 2, (size[1] - len(square)) // 2
+        np.testing.assert_array_equal(square, array[top : top + len(square), left : left + len(square)])
+
+
+def test_margins_are_grey_in_the_picture_and_not_counted_in_labels() -> None:
+    wide = sample(10, 40)
+    ready = prepare(wide, 40, "", fit="pad", specs=SPECS)
+    margins = np.r_[0:15, 25:40]
+    assert (ready.image[margins] == PAD).all()
+    assert (ready.labels["classes"][margins] == 255).all()
+    assert np.isnan(ready.labels["depth"][margins]).all()
+    np.testing.assert_array_equal(ready.labels["classes"][15:25], wide.labels["classes"])
+    np.testing.assert_array_equal(ready.original_labels["depth"], wide.labels["depth"])
+
+
+def test_crop_takes_the_middle() -> None:
+    wide = sample(10, 40)
+    ready = prepare(wide, 10, "", fit="crop", specs=SPECS)
+    np.testing.assert_array_equal(ready.image, wide.image[:, 15:25])
+    np.testing.assert_array_equal(ready.labels["depth"], wide.labels["depth"][:, 15:25])

@@ -33,7 +33,7 @@ def test_masks_come_out_to_the_pixel_wherever_the_root_is(root: Path, given: str
             np.testing.assert_array_equal(sample.labels["segmentation"], class_ids(name))
             assert sample.image.shape == (30, 40, 3)
     assert len(CLASSES) == 21
-    ready = prepare(data.load("val", 0), 16, "")
+    ready = prepare(data.load("val", 0), 16, "", specs=data.label_specs)
     assert set(np.unique(ready.labels["segmentation"])) <= {*range(21), 255}
 
 
