@@ -128,7 +128,7 @@ class NoiseConfig(Config):
     form: NoiseForm = "flow"
     seed: int = 0
     shared: bool = True
-    """One noise for all timesteps of a sample; False draws timestep number j with draw number j."""
+    """One noise for all timesteps of a sample; False gives timestep number j a draw of its own."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -165,6 +165,10 @@ class ExtractConfig(Config):
     partition_size: int | None = None
     """Samples a unit of work and of redo; a multiple of the batch size."""
     noise: NoiseConfig = field(default_factory=NoiseConfig)
+    draws: int = 1
+    """Noise draws of every sample; each multiplies time and size."""
+    flip: bool = False
+    """Whether each draw is also taken of the mirrored picture; left and right change places in its prompt."""
     codec: Codec = "zstd"
     """`zstd` (lossless), `fast` (lz4, lossless and larger), `int8` (about 1 % off, half the bytes)."""
     store: str | None = None
@@ -177,7 +181,7 @@ class ExtractConfig(Config):
             values = getattr(self, name)
             _require(values is None or len(values) > 0, f"{name} must not be empty")
             _require(values is None or len(set(values)) == len(values), f"{name} repeats a value: {values}")
-        for name in ("limit", "resolution", "batch_size", "partition_size", "text_length"):
+        for name in ("limit", "resolution", "batch_size", "partition_size", "text_length", "draws"):
             value = getattr(self, name)
             _require(value is None or value > 0, f"{name} must be positive, got {value}")
         if self.partition_size is not None and self.batch_size is not None:

@@ -15,19 +15,20 @@ from torch import Tensor
 from mmdiff_cache.config import NoiseConfig, NoiseForm
 from mmdiff_cache.records import draw_noise
 
+OWN_DRAWS = 1 << 16
+"""Where timesteps share no noise, draw number d of a sample's timestep j is number 65536 d + j."""
+
 
 def draw_batch(
-    noise: NoiseConfig, sample_ids: Sequence[str], timesteps: int, shape: Sequence[int]
+    noise: NoiseConfig, sample_ids: Sequence[str], timesteps: int, shape: Sequence[int], draw: int = 0
 ) -> Float[Tensor, "B T c H_f W_f"]:
     """Float32 noise on the CPU for a batch of latents of `shape` [c H/f W/f].
 
     The timestep axis has size 1 where all timesteps share one draw.
-    A sample's noise depends on the seed and its id alone, never on the batch it is in.
+    A sample's noise depends on the seed, its id and the draw alone, never on the batch it is in.
     """
-    draws = 1 if noise.shared else timesteps
-    drawn = [
-        [draw_noise(noise.seed, sample, draw, tuple(shape)) for draw in range(draws)] for sample in sample_ids
-    ]
+    draws = [draw] if noise.shared else [OWN_DRAWS * draw + j for j in range(timesteps)]
+    drawn = [[draw_noise(noise.seed, sample, n, tuple(shape)) for n in draws] for sample in sample_ids]
     return torch.from_numpy(np.array(drawn))
 
 

@@ -78,6 +78,10 @@ def extract(
     prompts: Annotated[
         str | None, typer.Option(help="empty, scene, oracle, or a JSONL file of prompts.")
     ] = None,
+    draws: Annotated[int | None, typer.Option(help="Noise draws of every sample.")] = None,
+    flip: Annotated[
+        bool | None, typer.Option("--flip", help="Also take each draw of the mirrored picture.")
+    ] = None,
     limit: Limit = None,
     config: ConfigFile = None,
     set_: Assignments = None,
@@ -102,6 +106,8 @@ def extract(
         "fit": fit,
         "batch_size": batch_size,
         "prompts": prompts,
+        "draws": draws,
+        "flip": flip,
         "limit": limit,
     }
     plan = mm.plan(compose(ExtractConfig, "extract", config, flags, set_ or []))

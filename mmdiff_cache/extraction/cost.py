@@ -39,7 +39,8 @@ def estimate(config: ExtractConfig, info: BackboneInfo, *, samples: int) -> Cost
         blocks = max(blocks, len(info.double_blocks))
     forward = forward_operations(info, filled(config.resolution), filled(config.text_length), blocks)
     device, speed = _device(config.device)
-    return Cost(operations=forward * len(filled(config.timesteps)) * samples, speed=speed, device=device)
+    passes = len(filled(config.timesteps)) * config.draws * (2 if config.flip else 1)
+    return Cost(operations=forward * passes * samples, speed=speed, device=device)
 
 
 def forward_operations(info: BackboneInfo, resolution: int, text_length: int, blocks: int) -> float:

@@ -17,7 +17,9 @@ from mmdiff_cache.config import NoiseConfig
 from mmdiff_cache.errors import ConfigError
 from mmdiff_cache.extraction import concept_attention
 from mmdiff_cache.extraction.taps import capturing
+from mmdiff_cache.extraction.variants import PLAIN, as_variant
 from mmdiff_cache.records import STATISTICS, FeatureBatch, PreparedSample
+from mmdiff_cache.store.schema import Variant
 
 FLOAT16_MAX = 65504.0
 ENTROPY_BINS = 64
@@ -50,6 +52,7 @@ class Extractor:
         vocabularies: Mapping[str, Sequence[str]],
         noise: NoiseConfig,
         guidance: float | None,
+        variants: Sequence[Variant] = (PLAIN,),
     ) -> None:
         backbone.info.check_layers(layers)
         for layer in layers:
@@ -59,13 +62,18 @@ class Extractor:
         self.layers = tuple(layers)
         self.timesteps = tuple(timesteps)
         self.vocabularies = {name: tuple(words) for name, words in vocabularies.items()}
+        self.variants = tuple(variants)
         self._noise = noise
         self._guidance = guidance
         self._concepts = {name: backbone.embed_concepts(words) for name, words in self.vocabularies.items()}
 
     def __call__(self, samples: Sequence[PreparedSample]) -> FeatureBatch:
         """Features of samples of one size. Values that are not finite do not raise: see `failures`."""
-        captured = self.capture(samples)
+        return _side_by_side([self._features(samples, variant) for variant in self.variants])
+
+    def _features(self, samples: Sequence[PreparedSample], variant: Variant) -> FeatureBatch:
+        """Features of one variant, as a batch whose variant axis has size 1."""
+        captured = self.capture(samples, variant)
         stored, audit = store_as_float16(captured.hidden_states)
         mapped = [_block_index(block) for block in self.backbone.info.concept_blocks]
         scores = captured.concept_scores
@@ -79,13 +87,15 @@ class Extractor:
         )
 
     @torch.inference_mode()
-    def capture(self, samples: Sequence[PreparedSample]) -> Captured:
-        """What the blocks put out, before it is cast for the store."""
+    def capture(self, samples: Sequence[PreparedSample], variant: Variant = PLAIN) -> Captured:
+        """What the blocks put out for one variant, before it is cast for the store."""
+        samples = [as_variant(sample, variant) for sample in samples]
         backbone, batch, steps = self.backbone, len(samples), len(self.timesteps)
         clean = backbone.encode_image(torch.from_numpy(np.stack([sample.image for sample in samples])))
         latents = backbone.pack(clean)
         times = torch.tensor(self.timesteps, device=clean.device)
-        noise = draw_batch(self._noise, [s.sample_id for s in samples], steps, clean.shape[1:])
+        ids, shape = [sample.sample_id for sample in samples], clean.shape[1:]
+        noise = draw_batch(self._noise, ids, steps, shape, variant.noise_draw)
         noised = add_noise(clean, noise.to(clean.device), times, self._noise.form).flatten(0, 1)
         prompts = backbone.encode_prompts([sample.prompt for sample in samples]).repeat_each(steps)
         outputs, scores = self._run(noised, times.repeat(batch), prompts, math.prod(latents.shape[1:3]))
@@ -119,6 +129,26 @@ class Extractor:
             self.backbone.forward(noised, t, prompts, self._guidance)
         scores = {name: list(stream.scores.values()) for name, stream in streams.items()}
         return [outputs[layer] for layer in self.layers], scores
+
+
+def _side_by_side(variants: Sequence[FeatureBatch]) -> FeatureBatch:
+    """Batches of one variant each as one; the latents are the first variant's."""
+    first = variants[0]
+    if len(variants) == 1:
+        return first
+    return FeatureBatch(
+        hidden_states=np.concatenate([one.hidden_states for one in variants], axis=1),
+        concept_scores={
+            name: np.concatenate([one.concept_scores[name] for one in variants], axis=1)
+            for name in first.concept_scores
+        },
+        concept_maps={
+            name: np.concatenate([one.concept_maps[name] for one in variants], axis=1)
+            for name in first.concept_maps
+        },
+        latents=first.latents,
+        audit=np.concatenate([one.audit for one in variants], axis=1),
+    )
 
 
 def store_as_float16(

@@ -15,6 +15,7 @@ from mmdiff_cache.datasets.prompts import ORACLE, PromptRule, open_prompts
 from mmdiff_cache.datasets.registry import find_dataset
 from mmdiff_cache.errors import ConfigError, DataError, StorageRefused
 from mmdiff_cache.extraction.cost import Cost, estimate
+from mmdiff_cache.extraction.variants import variants_of
 from mmdiff_cache.store.manifest import MANIFEST, read_manifest
 from mmdiff_cache.store.records import record_path
 from mmdiff_cache.store.schema import (
@@ -257,6 +258,7 @@ def _schema(config: ExtractConfig, info: BackboneInfo, dataset: Dataset) -> Stor
         channels=info.channels,
         latent_channels=info.packed_channels,
         image_size=(resolution, resolution),
+        variants=variants_of(config.draws, flip=config.flip),
         vocabularies=tuple(
             Vocabulary(name=name, concepts=words, blocks=info.double_blocks, map_blocks=info.concept_blocks)
             for name, words in filled(config.concepts).items()
@@ -283,6 +285,9 @@ def _lines(plan: ExtractionPlan) -> Iterable[tuple[str, str]]:
     yield "input", f"{config.resolution} px square ({config.fit}) = {tokens}"
     yield "layers", " ".join(schema.layers)
     yield "timesteps", " ".join(f"{t:g}" for t in schema.timesteps)
+    if len(schema.variants) > 1:
+        mirrored = ", each also mirrored" if config.flip else ""
+        yield "variants", f"{len(schema.variants)}: {config.draws} noise draw(s) of every sample{mirrored}"
     yield "concepts", ", ".join(f"{v.name} ({' '.join(v.concepts)})" for v in schema.vocabularies) or "none"
     yield "labels", ", ".join(label.spec.name for label in schema.labels) or "none"
     yield "batches", f"{config.batch_size} samples a forward pass, {config.partition_size} a partition"

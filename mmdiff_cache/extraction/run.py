@@ -17,6 +17,7 @@ from mmdiff_cache.extraction.identity import build_manifest
 from mmdiff_cache.extraction.plan import ExtractionPlan, check_disk
 from mmdiff_cache.extraction.plan import plan as make_plan
 from mmdiff_cache.extraction.sources import check_unchanged, mended_partitions
+from mmdiff_cache.extraction.variants import variants_of
 from mmdiff_cache.extraction.worker import run_partition
 from mmdiff_cache.records import Progress
 from mmdiff_cache.store.reader import Store, open_store
@@ -77,6 +78,7 @@ def load_extractor(config: ExtractConfig, info: BackboneInfo) -> Extractor:
         vocabularies=filled(config.concepts),
         noise=config.noise,
         guidance=config.guidance,
+        variants=variants_of(config.draws, flip=config.flip),
     )
 
 

@@ -68,7 +68,12 @@ class TrainedModel:
         vocabulary = self.vocabulary
         words = {} if vocabulary is None else {vocabulary: filled(self.extraction.concepts)[vocabulary]}
         config = dataclasses.replace(
-            self.extraction, layers=filled(self.config.layers), concepts=words, device=device_of(self.run)
+            self.extraction,
+            layers=filled(self.config.layers),
+            concepts=words,
+            draws=1,
+            flip=False,
+            device=device_of(self.run),
         )
         extractor = load_extractor(config, describe(filled(config.backbone)))
         for name, value in extractor.backbone.identity().items():

@@ -1,6 +1,7 @@
 """From prepared samples to a batch of features: shapes, order, range audit, failures, reproducibility."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,9 @@ from mmdiff_cache.backbones.registry import describe, load_backbone
 from mmdiff_cache.config import NoiseConfig
 from mmdiff_cache.errors import ConfigError
 from mmdiff_cache.extraction.extractor import Extractor, failures, norm_entropy, store_as_float16
+from mmdiff_cache.extraction.variants import variants_of
 from mmdiff_cache.records import STATISTICS, FeatureBatch, PreparedSample
+from mmdiff_cache.store.schema import Variant
 
 LAYERS = ("single.3", "double.0", "single.1")
 TIMESTEPS = (0.78, 0.26, 0.001)
@@ -40,6 +43,7 @@ def make_extractor(
     layers: Sequence[str] = LAYERS,
     timesteps: Sequence[float] = TIMESTEPS,
     noise: NoiseConfig | None = None,
+    variants: Sequence[Variant] = (Variant(),),
 ) -> Extractor:
     return Extractor(
         backbone,
@@ -48,6 +52,7 @@ def make_extractor(
         vocabularies=VOCABULARIES,
         noise=noise or NoiseConfig(),
         guidance=3.5,
+        variants=variants,
     )
 
 
@@ -261,3 +266,22 @@ def test_entropy_of_maps_without_a_spread() -> None:
     two = torch.zeros(2, 2, 1)
     two[0] = 1
     assert float(norm_entropy(two)) == pytest.approx(np.log(2), abs=1e-6)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_variants_are_other_noise_and_the_mirrored_picture(tiny_backbone: FluxBackbone, shared: bool) -> None:
+    """Each is a pass of its own: the first has the bits of a run without variants."""
+    given_samples, noise = [sample(0, "a ball on the left"), sample(1)], NoiseConfig(shared=shared)
+    both = make_extractor(tiny_backbone, noise=noise, variants=variants_of(2, flip=True))(given_samples)
+    assert both.hidden_states.shape == (2, 4, 3, 3, 4, 4, 32)
+    assert both.audit.shape[1] == both.concept_maps["depth"].shape[1] == 4
+    plain = make_extractor(tiny_backbone, noise=noise)(given_samples)
+    assert both.hidden_states[:, :1].tobytes() == plain.hidden_states.tobytes()
+    assert both.latents.tobytes() == plain.latents.tobytes()
+    twin = [replace(one, image=one.image[:, ::-1].copy()) for one in given_samples]
+    twin[0] = replace(twin[0], prompt="a ball on the right")
+    mirrored = make_extractor(tiny_backbone, noise=noise)(twin)
+    assert both.hidden_states[:, 2:3].tobytes() == mirrored.hidden_states.tobytes()
+    assert both.concept_scores["things"][:, 2:3].tobytes() == mirrored.concept_scores["things"].tobytes()
+    maps = both.hidden_states[0].reshape(4, -1)
+    assert all(not np.array_equal(maps[i], maps[j]) for i in range(4) for j in range(i))
