@@ -235,6 +235,12 @@ def read_architecture(folder: Path) -> Architecture:
     return architecture
 
 
+def transformer_config(info: BackboneInfo) -> dict[str, Any]:
+    """What the transformer's config.json says, as far as it is on this machine; no weights are needed."""
+    folder = Path(info.source)
+    return _read_json(folder, "transformer/config.json") if folder.is_absolute() else {}
+
+
 def _describe_folder(folder: Path) -> BackboneInfo:
     if not folder.is_dir():
         raise ConfigError(

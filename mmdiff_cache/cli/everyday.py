@@ -89,6 +89,7 @@ def extract(
         bool, typer.Option("--append", help="Add samples that the store was not planned with.")
     ] = False,
     dry_run: DryRun = False,
+    force: Annotated[bool, typer.Option("--force", help="Start even if the disk seems too small.")] = False,
 ) -> None:
     """Stage one: run the backbone once over a data set and keep its features. Safe to stop and run again."""
     import mmdiff_cache as mm
@@ -111,11 +112,14 @@ def extract(
         "limit": limit,
     }
     plan = mm.plan(compose(ExtractConfig, "extract", config, flags, set_ or []))
-    say(str(plan))
     if dry_run:
+        from mmdiff_cache.extraction.plan import with_timed_blocks
+
+        say(str(with_timed_blocks(plan)))
         return
+    say(str(plan))
     with progress_bar("extract") as advance:
-        written = mm.extract(plan, progress=advance, append=append)
+        written = mm.extract(plan, progress=advance, append=append, force=force)
     say(f"\n{written}")
     labels = written[written.splits[0]].label_specs
     if labels:

@@ -1,46 +1,75 @@
-"""How long a run of stage one may take: counted operations over an assumed speed."""
+"""What a run of stage one costs: counted operations, and time as far as the machine's speed is known."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mmdiff_cache.backbones.info import BackboneInfo
 from mmdiff_cache.config import ExtractConfig, filled
+from mmdiff_cache.extraction.measured import Figure, known_speed, machine_of
 
-CPU_SPEED = 20e9
-"""Assumed floating-point operations a second and thread."""
-CUDA_SPEED = 200e12
-"""Assumed floating-point operations a second of a data-centre GPU in bfloat16, at most half of its peak."""
+TIMED = "timed: two of its blocks with random weights, nothing else"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cost:
-    """An estimate, said to be one; while a run goes on, its measured speed takes over."""
+    """An estimate that says where it is from; while a run goes on, its measured speed takes over."""
 
     operations: float
     """Floating-point operations of all forward passes of the transformer."""
-    speed: float
-    """Assumed operations a second."""
-    device: str
-    """`cpu` or `cuda`."""
+    machine: str
+    """A GPU's name, or `cpu, 2 threads`."""
+    speed: Figure | None
+    """Operations a second; None where nothing was measured."""
+    activation_bytes: int | None = None
+    """GPU memory of a pass beside the weights, where blocks were timed on a GPU."""
 
     @property
-    def seconds(self) -> float:
-        """Estimated duration."""
-        return self.operations / self.speed
+    def device(self) -> str:
+        """`cpu` or `cuda`."""
+        return "cpu" if self.machine.startswith("cpu") else "cuda"
+
+    @property
+    def seconds(self) -> float | None:
+        """Estimated duration; None where nothing was measured."""
+        return None if self.speed is None else self.operations / self.speed.value
 
     def __str__(self) -> str:
-        total, speed = show_operations(self.operations), show_operations(self.speed)
-        return f"about {show_duration(self.seconds)} ({total} at an assumed {speed}/s)"
+        total = show_operations(self.operations)
+        if self.speed is None or self.seconds is None:
+            return f"unknown ({total}; no run on this machine was measured yet; --dry-run times two blocks)"
+        speed = show_operations(self.speed.value)
+        return f"about {show_duration(self.seconds)} ({total} at {speed}/s; {self.speed.source})"
 
 
 def estimate(config: ExtractConfig, info: BackboneInfo, *, samples: int) -> Cost:
     """The cost of a resolved configuration for so many samples: transformer alone (forward_operations)."""
-    blocks = 1 + max(info.blocks.index(layer) for layer in filled(config.layers))
-    if config.concepts:
-        blocks = max(blocks, len(info.double_blocks))
-    forward = forward_operations(info, filled(config.resolution), filled(config.text_length), blocks)
-    device, speed = _device(config.device)
+    machine = machine_of(config.device)
+    return Cost(
+        operations=operations_a_sample(config, info) * samples,
+        machine=machine,
+        speed=known_speed(config, machine),
+    )
+
+
+def operations_a_sample(config: ExtractConfig, info: BackboneInfo) -> float:
+    """Floating-point operations of the transformer for one sample, all its variants and timesteps."""
     passes = len(filled(config.timesteps)) * config.draws * (2 if config.flip else 1)
-    return Cost(operations=forward * passes * samples, speed=speed, device=device)
+    return passes * _operations_a_pass(config, info, _blocks_run(config, info))
+
+
+def time_blocks(cost: Cost, config: ExtractConfig, info: BackboneInfo) -> Cost:
+    """The same cost with the speed of two blocks, timed now with random weights; takes seconds."""
+    from mmdiff_cache.backbones import timing
+
+    taken = timing.time_blocks(
+        info,
+        resolution=filled(config.resolution),
+        text_length=filled(config.text_length),
+        batch=filled(config.batch_size) * len(filled(config.timesteps)),
+        device=config.device,
+        dtype=filled(config.dtype),
+    )
+    speed = Figure(value=_operations_a_pass(config, info, 1) / taken.seconds, source=TIMED)
+    return replace(cost, speed=speed, activation_bytes=taken.activation_bytes)
 
 
 def forward_operations(info: BackboneInfo, resolution: int, text_length: int, blocks: int) -> float:
@@ -54,12 +83,13 @@ def forward_operations(info: BackboneInfo, resolution: int, text_length: int, bl
     return blocks * (24 * width**2 * tokens + 4 * tokens**2 * width)
 
 
-def _device(name: str) -> tuple[str, float]:
-    import torch  # a plan for a named device needs no torch at all
+def _operations_a_pass(config: ExtractConfig, info: BackboneInfo, blocks: int) -> float:
+    return forward_operations(info, filled(config.resolution), filled(config.text_length), blocks)
 
-    if name.startswith("cuda") or (name == "auto" and torch.cuda.is_available()):
-        return "cuda", CUDA_SPEED
-    return "cpu", CPU_SPEED * torch.get_num_threads()
+
+def _blocks_run(config: ExtractConfig, info: BackboneInfo) -> int:
+    deepest = 1 + max(info.blocks.index(layer) for layer in filled(config.layers))
+    return max(deepest, len(info.double_blocks)) if config.concepts else deepest
 
 
 def show_duration(seconds: float) -> str:
@@ -74,6 +104,7 @@ def show_duration(seconds: float) -> str:
 
 
 def show_operations(count: float) -> str:
+    """A count in the unit a person would use: 40 GFLOP, 29.4 TFLOP."""
     for unit in ("GFLOP", "TFLOP", "PFLOP"):
         if count < 1e12 or unit == "PFLOP":
             return f"{count / 1e9:,.3g} {unit}"

@@ -9,13 +9,16 @@ from pathlib import Path
 
 from mmdiff_cache.backbones.info import BackboneInfo
 from mmdiff_cache.backbones.registry import BACKBONES, describe
+from mmdiff_cache.backbones.weights import locate, weight_files
 from mmdiff_cache.config import ExtractConfig, data_folder, filled
 from mmdiff_cache.datasets.base import Dataset
 from mmdiff_cache.datasets.prompts import ORACLE, PromptRule, open_prompts
 from mmdiff_cache.datasets.registry import find_dataset
-from mmdiff_cache.errors import ConfigError, DataError, StorageRefused
-from mmdiff_cache.extraction.cost import Cost, estimate
+from mmdiff_cache.errors import BackboneError, ConfigError, DataError, StorageRefused
+from mmdiff_cache.extraction.cost import Cost, estimate, time_blocks
+from mmdiff_cache.extraction.measured import Figure, known_ratio
 from mmdiff_cache.extraction.variants import variants_of
+from mmdiff_cache.store.arrays import arrays
 from mmdiff_cache.store.manifest import MANIFEST, read_manifest
 from mmdiff_cache.store.records import record_path
 from mmdiff_cache.store.schema import (
@@ -54,12 +57,16 @@ class ExtractionPlan:
     new: int
     """Samples that the store which is there was not planned with: they need `append`."""
     raw_bytes: int
+    ratio: Figure | None
+    """Hidden states as float16 to their bytes on disk, where an earlier run was measured."""
     stored_bytes: int
-    """Estimated bytes on disk, rounded to the safe side."""
+    """Estimated bytes on disk; as before the codec where `ratio` is not known."""
     files: int
     cost: Cost
     free_bytes: int
     """Free space on the disk that will hold the store."""
+    free_files: int | None
+    """Files that this disk can still take; None where it has no such limit."""
 
     @property
     def store(self) -> Path:
@@ -128,6 +135,8 @@ def plan(config: ExtractConfig, samples: Mapping[str, Sequence[str]] | None = No
         prompts.check(names)
     schema = _schema(config, info, dataset)
     counts = [len(names) for names in chosen.values()]
+    ratio = known_ratio(config)
+    disk = existing_parent(Path(filled(config.store)))
     done = _count_done(Path(filled(config.store)), chosen)
     return ExtractionPlan(
         config=config,
@@ -145,22 +154,48 @@ def plan(config: ExtractConfig, samples: Mapping[str, Sequence[str]] | None = No
         done=done,
         new=_count_new(Path(filled(config.store)), chosen),
         raw_bytes=sum(raw_bytes(schema, count) for count in counts),
-        stored_bytes=sum(estimated_bytes(schema, count, filled(config.dtype)) for count in counts),
+        ratio=ratio,
+        stored_bytes=sum(estimated_bytes(schema, count, ratio and ratio.value) for count in counts),
         files=sum(file_count(schema, count) for count in counts),
         cost=estimate(config, info, samples=sum(counts) - done),
-        free_bytes=shutil.disk_usage(existing_parent(Path(filled(config.store)))).free,
+        free_bytes=shutil.disk_usage(disk).free,
+        free_files=_free_files(disk),
     )
+
+
+def with_timed_blocks(plan: ExtractionPlan) -> ExtractionPlan:
+    """The plan with a time where none is known: two blocks of the backbone are timed, with random weights.
+
+    Raises ConfigError for a device that is not there.
+    """
+    if plan.cost.speed is not None or plan.done == plan.total:
+        return plan
+    return replace(plan, cost=time_blocks(plan.cost, plan.config, plan.backbone))
 
 
 def check_disk(plan: ExtractionPlan) -> None:
     """Raise StorageRefused when what is left to write does not fit on the disk."""
-    needed = math.ceil(plan.stored_bytes * (plan.total - plan.done) / plan.total)
+    left = (plan.total - plan.done) / plan.total
+    remedy = (
+        "choose fewer --layers, --timesteps or samples (--limit), another disk with --store, or try it all "
+        "the same with --force"
+    )
+    needed = math.ceil(plan.stored_bytes * left)
     if needed > plan.free_bytes:
         raise StorageRefused(
             f"the store needs about {show_bytes(needed)} more, but the disk of {plan.store} has "
-            f"{show_bytes(plan.free_bytes)} free; "
-            "choose fewer --layers, --timesteps or samples (--limit), or another disk with --store"
+            f"{show_bytes(plan.free_bytes)} free; {remedy}"
         )
+    if plan.free_files is not None and math.ceil(plan.files * left) > plan.free_files:
+        raise StorageRefused(
+            f"the store needs about {plan.files * left:,.0f} more files, but the disk of {plan.store} can "
+            f"take {plan.free_files:,}; {remedy}"
+        )
+
+
+def _free_files(folder: Path) -> int | None:
+    disk = os.statvfs(folder)
+    return disk.f_favail if disk.f_files else None
 
 
 def existing_parent(path: Path) -> Path:
@@ -295,16 +330,54 @@ def _lines(plan: ExtractionPlan) -> Iterable[tuple[str, str]]:
     yield "store", f"{plan.store}{there}"
     if plan.new:
         yield "note", f"the store was planned without {plan.new:,} of them; --append adds those"
-    ratio = plan.raw_bytes / plan.stored_bytes
-    yield (
-        "size",
-        (
-            f"{show_bytes(plan.raw_bytes)} raw, about {show_bytes(plan.stored_bytes)} on disk "
-            f"({ratio:.2f} : 1 assumed) in {plan.files:,} files"
-        ),
-    )
+    yield "size", f"{show_bytes(plan.raw_bytes)} raw in {plan.files:,} files{_compressed(plan)}"
+    yield "arrays", ", ".join(f"{name} {show_bytes(size)}" for name, size in bytes_by_array(plan).items())
     yield "time", str(plan.cost)
-    yield "free disk", show_bytes(plan.free_bytes)
+    if plan.cost.device == "cuda":
+        yield "GPU memory", _gpu_memory(plan)
+    yield "break-even", _break_even(plan)
+    files = "" if plan.free_files is None else f", room for {plan.free_files:,} files"
+    yield "free disk", f"{show_bytes(plan.free_bytes)}{files}"
+
+
+def bytes_by_array(plan: ExtractionPlan) -> dict[str, int]:
+    """Raw bytes of every array or group of arrays at the top of a split, over all splits; largest first."""
+    sizes: dict[str, int] = {}
+    for ids in plan.samples.values():
+        for spec in arrays(replace(plan.schema, codec="zstd"), len(ids)):
+            name = spec.path.partition("/")[0]
+            sizes[name] = sizes.get(name, 0) + spec.nbytes
+    shown = {name: size for name, size in sizes.items() if size >= plan.raw_bytes / 1000}
+    return dict(sorted(shown.items(), key=lambda entry: -entry[1]))
+
+
+def _compressed(plan: ExtractionPlan) -> str:
+    if plan.ratio is None:
+        return "; compressed size unknown (no run was measured yet)"
+    source = f"hidden states {plan.ratio.value:.2f} : 1 in {plan.ratio.source}"
+    return f"; about {show_bytes(plan.stored_bytes)} compressed ({source})"
+
+
+def _gpu_memory(plan: ExtractionPlan) -> str:
+    try:
+        folder = locate(plan.backbone)
+    except BackboneError:
+        return "unknown (the weights are not here)"
+    weights = sum((folder / name).stat().st_size for name in weight_files(folder))
+    batch = plan.cost.activation_bytes
+    beside = (
+        "unknown for a batch (--dry-run times it)" if batch is None else f"{show_bytes(batch)} for a batch"
+    )
+    return f"{show_bytes(weights)} of weights by their files, {beside}"
+
+
+def _break_even(plan: ExtractionPlan) -> str:
+    """The disk below which it is quicker to compute a sample again than to read it."""
+    if plan.cost.seconds is None or plan.done == plan.total:
+        return "unknown (it follows from the time)"
+    seconds = plan.cost.seconds / (plan.total - plan.done)
+    speed = show_bytes(plan.stored_bytes / plan.total / seconds)
+    return f"a disk that reads less than {speed}/s is slower than this machine's transformer"
 
 
 def _counts(samples: Mapping[str, tuple[str, ...]]) -> str:

@@ -2,8 +2,9 @@
 
 import logging
 import time
-from collections.abc import Collection, Generator
+from collections.abc import Collection, Generator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,16 +13,19 @@ from mmdiff_cache.backbones.info import BackboneInfo
 from mmdiff_cache.backbones.registry import load_backbone
 from mmdiff_cache.config import ExtractConfig, filled
 from mmdiff_cache.errors import BackboneError
+from mmdiff_cache.extraction.cost import operations_a_sample
 from mmdiff_cache.extraction.extractor import Extractor
 from mmdiff_cache.extraction.identity import build_manifest
+from mmdiff_cache.extraction.measured import Measured, keep_measured
 from mmdiff_cache.extraction.plan import ExtractionPlan, check_disk
 from mmdiff_cache.extraction.plan import plan as make_plan
 from mmdiff_cache.extraction.sources import check_unchanged, mended_partitions
 from mmdiff_cache.extraction.variants import variants_of
 from mmdiff_cache.extraction.worker import run_partition
 from mmdiff_cache.records import Progress
+from mmdiff_cache.store.arrays import hidden_states
 from mmdiff_cache.store.reader import Store, open_store
-from mmdiff_cache.store.records import Partition
+from mmdiff_cache.store.records import Partition, Record
 from mmdiff_cache.store.writer import StoreWriter, open_writer
 
 logger = logging.getLogger(__name__)
@@ -33,6 +37,7 @@ def extract(
     *,
     append: bool = False,
     redo: Collection[str] = (),
+    force: bool = False,
 ) -> Store:
     """Run the backbone over the planned samples and return their store. Safe to run again, and to interrupt.
 
@@ -40,8 +45,8 @@ def extract(
     Samples that could not be used are in the store as failed, each with its reason; the run goes on past
     them, and a later one tries them again if their files can be read by then. An interruption loses at most
     the partition it fell into. With `append`, samples that the store was not planned with are added to it.
-    `redo` names partitions to extract again although they are recorded, as
-    repair asks. `progress` is called with samples done, all samples, and the speed.
+    `redo` names partitions to extract again although they are recorded, as repair asks. `force` starts on a
+    disk that seems too small. `progress` is called with samples done, all samples, and the speed.
 
     Raises DataError when a source changed since it was extracted, StorageError when the disk is too small or
     refuses, StoreError when the folder holds something else, BackboneError when weights are missing or the
@@ -49,7 +54,8 @@ def extract(
     """
     if isinstance(plan, ExtractConfig):
         plan = make_plan(plan)
-    check_disk(plan)
+    if not force:
+        check_disk(plan)
     manifest = build_manifest(plan)
     with open_writer(plan.store, manifest, append=append) as writer, _log_file(plan.store):
         pending = [partition for split in plan.samples for partition in writer.pending(split)]
@@ -95,13 +101,33 @@ def _run(plan: ExtractionPlan, writer: StoreWriter, pending: list[Partition], pr
         speed = (done - first) / (time.monotonic() - begun)
         progress(done, plan.total, f"{partition.split}, {speed:.3g} samples/s")
 
+    records: list[Record] = []
     for partition in pending:
         with writer.begin(partition) as out, _memory_errors(plan):
-            record = run_partition(plan, extractor, out, advance)
-        for sample in record.samples:
+            records.append(run_partition(plan, extractor, out, advance))
+        for sample in records[-1].samples:
             if sample.state == "failed":
                 logger.warning("sample %s failed: %s", sample.sample_id, sample.reason)
         logger.info("partition %s is complete", partition.name)
+    keep_measured(plan.store, _measured(plan, records, time.monotonic() - begun))
+
+
+def _measured(plan: ExtractionPlan, records: Sequence[Record], seconds: float) -> Measured:
+    """What a run of these records shows of the machine's speed and the codec's worth."""
+    config, samples = plan.config, sum(len(record.samples) for record in records)
+    files = [file for record in records for file in record.files if "/hidden_states/" in file.path]
+    raw = hidden_states(replace(plan.schema, codec="zstd"), 1).nbytes / len(plan.schema.variants)
+    return Measured(
+        backbone=filled(config.backbone),
+        dtype=filled(config.dtype),
+        machine=plan.cost.machine,
+        resolution=filled(config.resolution),
+        batch_size=filled(config.batch_size),
+        codec=config.codec,
+        samples=samples,
+        operations_per_second=operations_a_sample(config, plan.backbone) * samples / seconds,
+        bytes_ratio=raw * len(files) / max(1, sum(file.size for file in files)),
+    )
 
 
 def _check_backbone(plan: ExtractionPlan, extractor: Extractor, writer: StoreWriter) -> None:

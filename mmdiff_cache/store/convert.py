@@ -66,7 +66,7 @@ class Conversion:
         return "\n".join(
             [
                 f"from       {self.source.path} ({self.source.disk_bytes / 1e6:,.1f} MB)",
-                f"to         {self.target} (about {self.stored_bytes / 1e6:,.1f} MB)",
+                f"to         {self.target} (at most {self.stored_bytes / 1e6:,.1f} MB)",
                 f"samples    {counts}",
                 f"layers     {' '.join(schema.layers)}",
                 f"timesteps  {steps}",
@@ -108,7 +108,6 @@ def plan_conversion(
         codec=codec,
     )
     manifest = _manifest(store, schema, {split: stored.splits[split][: selection.limit] for split in splits})
-    dtype = str(stored.identity.get("dtype"))
     return Conversion(
         source=store,
         target=root,
@@ -116,7 +115,7 @@ def plan_conversion(
         layers=layers,
         timesteps=timesteps,
         variants=variants,
-        stored_bytes=sum(estimated_bytes(schema, len(ids), dtype) for ids in manifest.splits.values()),
+        stored_bytes=sum(estimated_bytes(schema, len(ids)) for ids in manifest.splits.values()),
     )
 
 
@@ -207,7 +206,7 @@ def _check_disk(conversion: Conversion, done: float) -> None:
     needed, free = conversion.stored_bytes * (1 - done), shutil.disk_usage(conversion.target).free
     if needed > free:
         raise StorageRefused(
-            f"{conversion.target} needs about {needed / 1e6:,.0f} MB more, its disk has {free / 1e6:,.0f} MB "
+            f"{conversion.target} needs up to {needed / 1e6:,.0f} MB more, its disk has {free / 1e6:,.0f} MB "
             "free; keep fewer layers, timesteps or samples, or choose another disk"
         )
 

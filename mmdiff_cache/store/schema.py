@@ -2,7 +2,6 @@
 
 import math
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from mmdiff_cache.config import Codec, Config
@@ -16,19 +15,6 @@ LARGEST_CHUNK = 2**31 - 2**20
 """Bytes of one map."""
 LARGEST_PICTURE = 100_000_000
 """Pixels of a picture or a label map."""
-
-RATIOS: Mapping[tuple[str, str], float] = {
-    ("zstd", "bfloat16"): 1.40,
-    ("zstd", "float32"): 1.05,
-    ("fast", "bfloat16"): 1.24,
-    ("fast", "float32"): 1.00,
-    ("int8", "bfloat16"): 2.20,
-    ("int8", "float32"): 2.20,
-}
-"""Bytes as float16 to stored bytes of hidden states, by codec and by the dtype in which the backbone ran.
-
-The low end of what was measured: bfloat16 leaves three empty mantissa bits in a float16, float32 leaves none.
-"""
 
 
 def check_name(name: str, what: str) -> str:
@@ -151,14 +137,15 @@ def raw_bytes(schema: StoreSchema, samples: int) -> int:
     return sum(spec.nbytes for spec in arrays(replace(schema, codec="zstd"), samples))
 
 
-def estimated_bytes(schema: StoreSchema, samples: int, dtype: str = "bfloat16") -> int:
-    """Bytes of one split on disk, rounded to the safe side: only hidden states are expected to shrink.
+def estimated_bytes(schema: StoreSchema, samples: int, ratio: float | None = None) -> int:
+    """Bytes of one split on disk; only hidden states are expected to shrink.
 
-    `dtype` is that in which the backbone ran (RATIOS); another one counts as float32.
+    `ratio` is that of hidden states as float16 to what the codec leaves of them; without one, they are
+    counted as they are before the codec.
     """
-    hidden = hidden_states(replace(schema, codec="zstd"), samples).nbytes
-    ratio = RATIOS.get((schema.codec, dtype), RATIOS[schema.codec, "float32"])
-    return math.ceil(hidden / ratio) + raw_bytes(schema, samples) - hidden
+    raw = hidden_states(replace(schema, codec="zstd"), samples).nbytes
+    before_codec = hidden_states(schema, samples).nbytes
+    return math.ceil(raw / ratio if ratio else before_codec) + raw_bytes(schema, samples) - raw
 
 
 def file_count(schema: StoreSchema, samples: int) -> int:

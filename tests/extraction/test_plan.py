@@ -12,7 +12,14 @@ from PIL import Image
 from mmdiff_cache.config import ExtractConfig
 from mmdiff_cache.errors import ConfigError, DataError, StorageError
 from mmdiff_cache.extraction.cost import show_duration
-from mmdiff_cache.extraction.plan import check_disk, existing_parent, plan, resolve, show_bytes
+from mmdiff_cache.extraction.plan import (
+    bytes_by_array,
+    check_disk,
+    existing_parent,
+    plan,
+    resolve,
+    show_bytes,
+)
 
 Usage = namedtuple("Usage", "total used free")
 
@@ -96,7 +103,9 @@ def test_the_plan_knows_the_samples_and_the_arrays(config: ExtractConfig) -> Non
         "saliency",
         "depth",
     ]
-    assert planned.raw_bytes > planned.stored_bytes > 12 * 4 * 4 * 8 * 8 * 32
+    assert planned.raw_bytes == planned.stored_bytes > 12 * 4 * 4 * 8 * 8 * 32 * 2
+    assert planned.ratio is None, "nothing was measured yet"
+    assert sum(bytes_by_array(planned).values()) > 0.98 * planned.raw_bytes
 
 
 def test_planning_writes_nothing_and_prints_what_a_person_needs(
@@ -109,9 +118,9 @@ def test_planning_writes_nothing_and_prints_what_a_person_needs(
         "upper bound",
         "tiny-flux",
         "8 x 8 tokens",
-        "on disk",
+        "raw in",
         "files",
-        "about",
+        "unknown (it follows from the time)",
     ):
         assert word in text
     assert str(tmp_path / "store") in text
@@ -196,6 +205,9 @@ def test_a_disk_that_is_too_small_is_named_with_what_is_missing(
         check_disk(planned)
     assert caught.value.exit_code == 2
     check_disk(replace(planned, done=planned.total))
+    with pytest.raises(StorageError, match="can take 7; choose"):
+        check_disk(replace(planned, free_bytes=10**12, free_files=7))
+    check_disk(replace(planned, free_bytes=10**12, free_files=None))
 
 
 def test_a_store_below_a_file_is_refused(config: ExtractConfig, tmp_path: Path) -> None:

@@ -65,8 +65,10 @@ def test_raw_bytes_of_the_papers_setting() -> None:
     small = 10582 * (1024 * 64 * 4 + 512 * 512 * 3 + 16 * 7 * 4 + 16)
     coordinates = 4 * 8 + 8 + 1
     assert raw_bytes(schema, 10582) == hidden + small + coordinates
-    assert estimated_bytes(schema, 10582) == math.ceil(hidden / 1.4) + small + coordinates
-    assert estimated_bytes(schema, 10582, "float32") > estimated_bytes(schema, 10582)
+    assert estimated_bytes(schema, 10582) == hidden + small + coordinates, "nothing is assumed of the codec"
+    assert estimated_bytes(schema, 10582, 1.4) == math.ceil(hidden / 1.4) + small + coordinates
+    rounded = replace(schema, codec="int8")
+    assert estimated_bytes(rounded, 10582) == hidden // 2 + small + coordinates
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,92 @@
+"""What earlier runs measured, as the only ground on which a plan estimates time and compressed size.
+
+Every run leaves `logs/measured.json` in its store. A plan takes the figures of its own store, else those of
+any store under data/ that was made by the same backbone on the same kind of machine, and names the file.
+"""
+
+import json
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from mmdiff_cache.config import Config, ExtractConfig, data_folder, filled
+from mmdiff_cache.errors import ConfigError
+
+FILE = "logs/measured.json"
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Measured(Config):
+    """Speed and size of one run."""
+
+    backbone: str
+    dtype: str
+    machine: str
+    resolution: int
+    batch_size: int
+    codec: str
+    samples: int
+    """Samples that were extracted, loading not counted."""
+    operations_per_second: float
+    """Operations of the transformer (cost.forward_operations) over the time of the whole run."""
+    bytes_ratio: float
+    """Hidden states in float16 over their bytes on disk."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Figure:
+    """A number and where it is from."""
+
+    value: float
+    source: str
+
+
+def machine_of(device: str) -> str:
+    """The device that `auto`, `cpu`, `cuda` or `cuda:1` stands for: a GPU's name, or `cpu, 2 threads`."""
+    import torch  # half a second that only an estimate should pay
+
+    there = torch.cuda.is_available()
+    if device.startswith("cuda") or (device == "auto" and there):
+        return torch.cuda.get_device_name(None if device == "auto" else device) if there else "cuda"
+    return f"cpu, {torch.get_num_threads()} threads"
+
+
+def known_speed(config: ExtractConfig, machine: str) -> Figure | None:
+    """Operations a second of a resolved configuration, by an earlier run of the same batches."""
+    for file, found in _measurements(config):
+        same = (found.backbone, found.dtype, found.machine, found.resolution, found.batch_size)
+        if same == (config.backbone, config.dtype, machine, config.resolution, config.batch_size):
+            return Figure(value=found.operations_per_second, source=str(file))
+    return None
+
+
+def known_ratio(config: ExtractConfig) -> Figure | None:
+    """Raw to stored bytes of hidden states, by an earlier run; None if there is none."""
+    for file, found in _measurements(config):
+        if (found.backbone, found.dtype, found.codec) == (config.backbone, config.dtype, config.codec):
+            return Figure(value=found.bytes_ratio, source=str(file))
+    return None
+
+
+def keep_measured(store: Path, measured: Measured) -> None:
+    """Leave the figures of a run in its store; a failure costs only that."""
+    try:
+        (store / FILE).write_text(json.dumps(measured.to_json(), indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        logger.warning("the run's speed was not kept: %s", error)
+
+
+def _measurements(config: ExtractConfig) -> Iterator[tuple[Path, Measured]]:
+    own = Path(filled(config.store)) / FILE
+    others = sorted(path for path in data_folder().glob(f"*/*/{FILE}") if os.path.abspath(path) != str(own))
+    for file in (own, *others):
+        try:
+            measured = Measured.from_json(json.loads(file.read_text(encoding="utf-8")))
+        except (OSError, ValueError, RecursionError, TypeError, AttributeError, ConfigError):
+            continue  # not there, or damaged: it is worth an estimate, not an error
+        if measured.operations_per_second > 0 and measured.bytes_ratio > 0:
+            yield file, measured
