@@ -51,20 +51,31 @@ def time_blocks(
     with torch.device(chosen):
         model = _few_blocks(info).to(DTYPES[dtype]).requires_grad_(False).eval()
         inputs = _inputs(info, model.config, batch, (rows, columns), text, DTYPES[dtype])
-    seconds: list[float] = []
-    if chosen.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(chosen)
-        before = torch.cuda.memory_allocated(chosen)
     with torch.inference_mode():
+        activations = _first_pass(model, inputs, chosen)
+        seconds = [_seconds(model, inputs, chosen) for _ in range(ROUNDS)]
+    return BlockTime(seconds=statistics.median(seconds) / BLOCKS / batch, activation_bytes=activations)
+
+
+def _first_pass(model: Any, inputs: dict[str, Any], device: torch.device) -> int | None:
+    """Warm up; the GPU memory that it took beside the weights."""
+    if device.type == "cpu":
         model(**inputs)
-        for _ in range(ROUNDS):
-            begun = time.perf_counter()
-            model(**inputs)
-            if chosen.type == "cuda":
-                torch.cuda.synchronize(chosen)
-            seconds.append(time.perf_counter() - begun)
-    peak = torch.cuda.max_memory_allocated(chosen) - before if chosen.type == "cuda" else None
-    return BlockTime(seconds=statistics.median(seconds) / BLOCKS / batch, activation_bytes=peak)
+        return None
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    model(**inputs)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def _seconds(model: Any, inputs: dict[str, Any], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    begun = time.perf_counter()
+    model(**inputs)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - begun
 
 
 def _few_blocks(info: BackboneInfo) -> Any:

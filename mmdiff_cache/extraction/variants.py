@@ -8,8 +8,8 @@ from mmdiff_cache.store.schema import Variant
 
 PLAIN = Variant()
 """The first draw of the picture as it is."""
-SWAPPED = {"left": "right", "leftmost": "rightmost", "leftward": "rightward", "leftwards": "rightwards"}
-SWAPPED |= {there: here for here, there in SWAPPED.items()}
+PAIRS = {"left": "right", "leftmost": "rightmost", "leftward": "rightward", "leftwards": "rightwards"}
+SWAPPED = PAIRS | {right: left for left, right in PAIRS.items()}
 SIDES = re.compile(rf"\b({'|'.join(SWAPPED)})\b", re.IGNORECASE)
 
 
