@@ -56,6 +56,8 @@ def test_less_of_it_is_what_an_extraction_of_less_would_give(
     scores = truth.concept_scores["scenes"][:, 1][:, [0, 2]]
     np.testing.assert_array_equal(reader.concept_scores("scenes", everyone), scores)
     np.testing.assert_array_equal(reader.concept_maps("scenes", everyone), concept_maps(scores, [1]))
+    dino = reader.discriminative_features("dino", everyone)
+    np.testing.assert_array_equal(dino, truth.discriminative["dino"][:, 1])
     before = open_store(finished)["train"]
     for name in reader.label_specs:
         np.testing.assert_array_equal(reader.labels(name, everyone), before.labels(name, everyone))
@@ -119,6 +121,7 @@ def test_failed_samples_stay_failed_and_missing_ones_are_an_error(tmp_path: Path
         ({"timesteps": [0.5]}, r"timestep 0.5 is not in"),
         ({"splits": ["val"]}, r"split 'val' is not stored"),
         ({"variants": [2]}, r"variant 2 is not stored"),
+        ({"discriminative": ["clip"]}, r"encoder 'clip' is not stored; stored: dino"),
     ],
 )
 def test_what_is_not_there_is_refused(

@@ -31,6 +31,7 @@ def test_plain_zarr_reads_the_same(finished: Path, manifest: Manifest) -> None:
     features = make_features(manifest.schema, list(manifest.splits["train"]))
     np.testing.assert_array_equal(group["hidden_states"][:], features.hidden_states)
     np.testing.assert_array_equal(group["concepts/depth/scores"][:], features.concept_scores["depth"])
+    np.testing.assert_array_equal(group["discriminative/dino/features"][:], features.discriminative["dino"])
     assert list(group["sample_id"][:]) == list(manifest.splits["train"])
     assert list(group["layer"][:]) == ["double.1", "single.4"]
     assert list(group["timestep"][:]) == [0.9, 0.26, 0.001]
@@ -63,6 +64,9 @@ def test_plain_xarray_reads_the_same(finished: Path, manifest: Manifest) -> None
 
 def test_xarray_opens_all_groups_as_one_tree(finished: Path) -> None:
     with xarray.open_datatree(finished / "train.zarr", engine="zarr", consolidated=False) as tree:
+        dino = tree["discriminative/dino"]["features"]
+        assert dino.dims == ("sample", "variant", "dino_layer", "dino_height", "dino_width", "dino_channel")
+        assert dino.sel(dino_layer="4").shape == (6, 2, 1, 2, 5), "not the layers of the hidden states"
         assert set(tree["concepts"].children) == {"scenes", "depth"}
         assert set(tree["labels"].children) == {"classes", "depth", "salient"}
         scores = tree["concepts/scenes"]["scores"].sel(timestep=0.26, block="double.1", concept="ball")
@@ -126,6 +130,7 @@ def test_plain_tensorstore_reads_the_same(finished: Path, manifest: Manifest) ->
     for path, truth in (
         ("hidden_states", features.hidden_states),
         ("concepts/scenes/scores", features.concept_scores["scenes"]),
+        ("discriminative/dino/features", features.discriminative["dino"]),
         ("latents", features.latents),
         ("audit", features.audit),
     ):
