@@ -170,7 +170,7 @@ class ExtractConfig(Config):
     flip: bool = False
     """Whether each draw is also taken of the mirrored picture; left and right change places in its prompt."""
     codec: Codec = "zstd"
-    """`zstd` (lossless), `fast` (lz4, lossless and larger), `int8` (about 1 % off, half the bytes)."""
+    """`zstd` (lossless), `fast` (lz4, lossless and larger), `int8` (about 0.5 % off, half the bytes)."""
     store: str | None = None
     """Folder of the store; data/<dataset>/<backbone> (or under $MMDIFF_DATA) by default."""
 
