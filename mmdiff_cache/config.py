@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from .errors import ConfigError
-from .fitting import Fit
 
 NoiseForm = Literal["flow", "vp"]
+Fit = Literal["squash", "pad", "crop"]
+"""How a picture becomes the square that the network takes; see fitting."""
 Codec = Literal["zstd", "fast", "int8"]
 DecoderName = str
 """A name in models.mmdiff.DECODERS."""
