@@ -68,7 +68,10 @@ def extract(
     timesteps: Timesteps = None,
     concepts: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME=WORD,...", help="A concept vocabulary; may be repeated; 'none' for none."),
+        typer.Option(
+            metavar="NAME[=WORD,...]",
+            help="A vocabulary or preset; may be repeated; 'none' for none.",
+        ),
     ] = None,
     resolution: Annotated[int | None, typer.Option(help="Side of the network input in pixels.")] = None,
     fit: Annotated[
