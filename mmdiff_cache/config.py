@@ -152,6 +152,8 @@ class ExtractConfig(Config):
     """t in [0, 1], 1 = pure noise."""
     concepts: Mapping[str, tuple[str, ...]] | None = None
     """Concept vocabularies by name."""
+    discriminative: tuple[str, ...] = ()
+    """Encoders whose features are stored beside: names such as `dinov3-vitb16`, or folders."""
     resolution: int | None = None
     """Side of the square network input, in pixels."""
     fit: Fit = "squash"

@@ -20,6 +20,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from einops import rearrange
 from jaxtyping import Float, Int64
 from numpy.typing import NDArray
 from torch import Tensor
@@ -39,7 +40,7 @@ NO_CONCEPTS = "none"
 PREFETCH_THREADS = 2
 BATCHES_AHEAD = 2
 """Batches that wait in memory; one of eight FLUX.1-dev samples at 4 x 4 maps has 0.8 GB."""
-_LABEL = "label "  # prefix of a label's key, so that a label set may be called 'concepts'
+_LABEL, _ENCODER = "label ", "encoder "  # prefixes of keys, so that a label set may be called 'concepts'
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,7 +54,7 @@ class Batch:
     concepts: Float[Tensor, "B K h w"] | None
     """Concept maps in [0, 1] that add up to 1 over the concepts."""
     discriminative: tuple[Tensor, ...]
-    """One map a stored discriminative model [B D h w]."""
+    """One map [B D h w] a discriminative encoder, on its own grid: all channels of its blocks, in order."""
     targets: Mapping[str, Tensor]
     """Labels at network size [B H W] by name: int64 class ids, int64 masks, float32 metres."""
     indices: Int64[Tensor, " B"]
@@ -120,8 +121,9 @@ class CachedFeatureDataset(Dataset[dict[str, Tensor]]):
     """The samples of one split of a store, with layers and timesteps in the order in which they are given.
 
     `concepts` names a stored vocabulary; its maps are averaged over the chosen timesteps. `labels` names
-    label sets. `source="latents"` yields the clean VAE latent, `"images"` the picture, in place of the
-    transformer's features: once for every chosen layer, so that the same head can be trained on them.
+    label sets, `discriminative` the stored encoders. `source="latents"` yields the clean VAE latent,
+    `"images"` the picture, in place of the transformer's features: once for every chosen layer, so that the
+    same head can be trained on them.
     `indices` picks samples of the split, by default all. Up to `memory` bytes of decoded samples are kept, so
     that a small split is read only once.
 
@@ -149,12 +151,13 @@ class CachedFeatureDataset(Dataset[dict[str, Tensor]]):
         self.source: Source = source
         self.concepts = None if concepts == NO_CONCEPTS else concepts
         self.labels = tuple(labels)
-        self._check(discriminative)
+        self.discriminative = tuple(discriminative)
+        self._check()
         everyone = range(len(self.reader)) if indices is None else indices
         self.indices = usable_samples(self.reader, everyone, self.labels)
         self.memory = SampleMemory(memory)
 
-    def _check(self, discriminative: Sequence[str]) -> None:
+    def _check(self) -> None:
         """Raise ConfigError for the first name that the store does not hold."""
         for layer in self.layers:
             self.reader.layer_index(layer)
@@ -163,7 +166,7 @@ class CachedFeatureDataset(Dataset[dict[str, Tensor]]):
         for what, names, stored in (
             ("concept vocabulary", [self.concepts] if self.concepts else [], self.reader.vocabularies),
             ("label set", self.labels, self.reader.label_specs),
-            ("discriminative features", discriminative, ()),
+            ("discriminative features", self.discriminative, self.reader.discriminative),
         ):
             for name in names:
                 if name not in stored:
@@ -175,11 +178,15 @@ class CachedFeatureDataset(Dataset[dict[str, Tensor]]):
         return len(self.indices)
 
     def __getitem__(self, position: int) -> dict[str, Tensor]:
-        """One sample: `hidden_states` [T L h w C], `concepts` [K h w], labels [H W] by name, `index`."""
+        """One sample: `hidden_states` [T L h w C], `concepts` [K h w], `discriminative/<encoder>` [D h w],
+        labels [H W] by name, `index`.
+        """
         batch = self.batch([position])
         item = {"hidden_states": batch.hidden_states[0], "index": batch.indices[0]}
         if batch.concepts is not None:
             item["concepts"] = batch.concepts[0]
+        for name, maps in zip(self.discriminative, batch.discriminative, strict=True):
+            item[f"discriminative/{name}"] = maps[0]
         return {**item, **{name: target[0] for name, target in batch.targets.items()}}
 
     def batch(self, positions: Sequence[int] | NDArray[np.int64], slots: BatchSlots | None = None) -> Batch:
@@ -197,7 +204,7 @@ class CachedFeatureDataset(Dataset[dict[str, Tensor]]):
         return Batch(
             hidden_states=features,
             concepts=stacked.get("concepts"),
-            discriminative=(),
+            discriminative=tuple(side_by_side(stacked[_ENCODER + name]) for name in self.discriminative),
             targets={name: _target(stacked[_LABEL + name]) for name in self.labels},
             indices=torch.tensor(samples, dtype=torch.int64),
             ids=tuple(self.reader.ids[sample] for sample in samples),
@@ -235,6 +242,8 @@ class CachedFeatureDataset(Dataset[dict[str, Tensor]]):
         if self.concepts is not None:
             scores = self.reader.concept_scores(self.concepts, samples, self.timesteps)
             arrays["concepts"] = concept_maps(scores, map_blocks(self.store.manifest.schema, self.concepts))
+        for name in self.discriminative:
+            arrays[_ENCODER + name] = self.reader.discriminative_features(name, samples)
         for name in self.labels:
             arrays[_LABEL + name] = self.reader.labels(name, samples)
         return arrays
@@ -267,6 +276,11 @@ _FEATURES: Mapping[
     "latents": _latents,
     "images": _images,
 }
+
+
+def side_by_side(maps: Float[Tensor, "B L h w D"]) -> Float[Tensor, "B LD h w"]:
+    """All blocks of a discriminative encoder as the channels of one map."""
+    return rearrange(maps, "B L h w D -> B (L D) h w")
 
 
 def _target(label: Tensor) -> Tensor:

@@ -92,6 +92,8 @@ class FeatureBatch:
     """[B h w P], the clean latent before noising, in tokens: the baseline that needs no transformer."""
     audit: NDArray[np.float32]
     """[B V T L statistic], see STATISTICS."""
+    discriminative: Mapping[str, NDArray[np.float16]] = field(default_factory=dict[str, NDArray[np.float16]])
+    """[B V L h w D] per encoder, with its own layers, grid and channels (Paper: Sec. 3.3)."""
 
 
 def noise_key(seed: int, sample_id: str, draw: int) -> tuple[int, int]:

@@ -27,6 +27,14 @@ def tiny_flux_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_dinov3_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved DINOv3ViTModel of the real class at tiny size: 4 blocks, 24 channels, patches of 16 pixels."""
+    from tests.tiny_dinov3 import save_tiny_dinov3
+
+    return save_tiny_dinov3(tmp_path_factory.mktemp("encoders") / "tiny-dinov3")
+
+
+@pytest.fixture(scope="session")
 def learnable_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store of 16 + 4 samples whose labels can be read off its features; see tests/learnable.py."""
     from tests.learnable import write_store

@@ -1,15 +1,12 @@
 """Where a backbone's weights lie, whether all of them are there, and which they are. Needs no torch."""
 
-import hashlib
 import json
-import re
-import textwrap
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from mmdiff_cache.backbones.info import BackboneInfo
 from mmdiff_cache.errors import BackboneError
+from mmdiff_cache.hub import find_snapshot, hash_files, model_files
 
 ENCODERS: Mapping[str, int] = {"FluxPipeline": 2, "StableDiffusion3Pipeline": 3}
 """How many text encoders, each with a tokenizer, a pipeline has."""
@@ -70,9 +67,7 @@ def weight_files(folder: Path) -> list[str]:
     names: list[str] = []
     for part in models_of(pipeline_of(folder)):
         stem = "diffusion_pytorch_model" if part in ("transformer", "vae") else "model"
-        index = folder / part / f"{stem}.safetensors.index.json"
-        shards = _shards(index) if index.is_file() else [f"{stem}.safetensors"]
-        names += [f"{part}/{shard}" for shard in shards]
+        names += [f"{part}/{shard}" for shard in model_files(folder / part, stem)]
     return names
 
 
@@ -89,46 +84,18 @@ def hash_weights(folder: Path) -> str:
         if file.is_file()
     ]
     configs = [f"{part}/config.json" for part in models_of(pipeline_of(folder))]
-    lines = [
-        f"{name} {_hash_file(folder / name)}\n" for name in (*configs, *weight_files(folder), *tokenizers)
-    ]
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
-
-
-def _shards(index: Path) -> list[str]:
-    content: dict[str, Any] = json.loads(index.read_text(encoding="utf-8"))
-    return sorted(set(content["weight_map"].values()))
-
-
-def _hash_file(path: Path) -> str:
-    blob = path.resolve()
-    if blob.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", blob.name):
-        return blob.name
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return hash_files(folder, (*configs, *weight_files(folder), *tokenizers))
 
 
 def _locate_on_hub(info: BackboneInfo, *, download: bool) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
     pipeline = info.architecture.pipeline  # a repository's single-file copy of the transformer is not fetched
     folders = (*models_of(pipeline), *tokenizers_of(pipeline), "scheduler")
     patterns = ["model_index.json", *(f"{part}/*" for part in folders)]
-    try:
-        folder = Path(snapshot_download(info.source, allow_patterns=patterns, local_files_only=True))
-        if missing_file(folder) is None:
-            return folder
-        reason = f"{missing_file(folder)} is not in the local cache"
-    except LocalEntryNotFoundError:
-        reason = "not in the local cache"
-    if not download:
-        raise _weights_missing(info, reason)
-    try:
-        return Path(snapshot_download(info.source, allow_patterns=patterns))
-    except Exception as error:  # the hub client's network errors have changed class from release to release
-        said = textwrap.shorten(str(error), 100, placeholder=" ...")
-        raise _weights_missing(info, f"{reason}, and the hub gave: {said}") from error
+
+    def refuse(reason: str) -> BackboneError:
+        return _weights_missing(info, reason)
+
+    return find_snapshot(info.source, patterns, missing_file, refuse, download=download)
 
 
 def _weights_missing(info: BackboneInfo, reason: str) -> BackboneError:

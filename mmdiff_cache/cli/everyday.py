@@ -73,6 +73,9 @@ def extract(
             help="A vocabulary or preset; may be repeated; 'none' for none.",
         ),
     ] = None,
+    discriminative: Annotated[
+        str | None, typer.Option(metavar="NAME,NAME", help="Encoders beside it: dinov3-vitb16, or folders.")
+    ] = None,
     resolution: Annotated[int | None, typer.Option(help="Side of the network input in pixels.")] = None,
     fit: Annotated[
         str | None, typer.Option(help="How a picture becomes square: squash, pad or crop.")
@@ -106,6 +109,7 @@ def extract(
         "layers": parse_list(layers),
         "timesteps": parse_numbers("--timesteps", timesteps),
         "concepts": parse_vocabularies(concepts),
+        "discriminative": parse_list(discriminative),
         "resolution": resolution,
         "fit": fit,
         "batch_size": batch_size,

@@ -60,6 +60,9 @@ def convert(
     variants: Annotated[
         str | None, typer.Option(metavar="N,N", help="Variants to keep, by position from 0.")
     ] = None,
+    discriminative: Annotated[
+        str | None, typer.Option(metavar="NAME,NAME", help="Encoders to keep, or 'none'.")
+    ] = None,
     limit: Limit = None,
     codec: Annotated[
         str | None, typer.Option(help=f"One of {', '.join(get_args(Codec))}; int8 is lossy, about 0.5 %.")
@@ -77,6 +80,7 @@ def convert(
         layers=parse_list(layers),
         timesteps=parse_numbers("--timesteps", timesteps),
         variants=[int(number) for number in parse_numbers("--variants", variants) or ()] or None,
+        discriminative=[] if discriminative == "none" else parse_list(discriminative),
         limit=limit,
         codec=chosen,
     )

@@ -3,17 +3,19 @@
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from einops import rearrange
 from jaxtyping import Float, Float16, Float32
+from numpy.typing import NDArray
 from torch import Tensor
 
 from mmdiff_cache.backbones.base import Backbone, PromptEmbeddings
 from mmdiff_cache.backbones.flow_matching import add_noise, draw_batch
 from mmdiff_cache.config import NoiseConfig
+from mmdiff_cache.encoders.dinov3 import DINOv3
 from mmdiff_cache.errors import ConfigError
 from mmdiff_cache.extraction import concept_attention
 from mmdiff_cache.extraction.taps import capturing
@@ -53,6 +55,7 @@ class Extractor:
         noise: NoiseConfig,
         guidance: float | None,
         variants: Sequence[Variant] = (PLAIN,),
+        encoders: Sequence[DINOv3] = (),
     ) -> None:
         backbone.info.check_layers(layers)
         for layer in layers:
@@ -63,13 +66,15 @@ class Extractor:
         self.timesteps = tuple(timesteps)
         self.vocabularies = {name: tuple(words) for name, words in vocabularies.items()}
         self.variants = tuple(variants)
+        self.encoders = tuple(encoders)
         self._noise = noise
         self._guidance = guidance
         self._concepts = {name: backbone.embed_concepts(words) for name, words in self.vocabularies.items()}
 
     def __call__(self, samples: Sequence[PreparedSample]) -> FeatureBatch:
         """Features of samples of one size. Values that are not finite do not raise: see `failures`."""
-        return _side_by_side([self._features(samples, variant) for variant in self.variants])
+        features = _side_by_side([self._features(samples, variant) for variant in self.variants])
+        return replace(features, discriminative=self._discriminative(samples))
 
     def _features(self, samples: Sequence[PreparedSample], variant: Variant) -> FeatureBatch:
         """Features of one variant, as a batch whose variant axis has size 1."""
@@ -85,6 +90,20 @@ class Extractor:
             latents=captured.latents.cpu().numpy(),
             audit=audit[:, None].cpu().numpy(),
         )
+
+    def _discriminative(self, samples: Sequence[PreparedSample]) -> dict[str, NDArray[np.float16]]:
+        """Features [B V L h w D] of every encoder; a picture and its mirror image are each encoded once."""
+        sides = {variant.flipped: variant for variant in self.variants}
+        pictures = {
+            flipped: torch.from_numpy(np.stack([as_variant(sample, variant).image for sample in samples]))
+            for flipped, variant in sides.items()
+        }
+        found: dict[str, NDArray[np.float16]] = {}
+        for encoder in self.encoders:
+            maps = {flipped: clamp_to_float16(encoder(images)) for flipped, images in pictures.items()}
+            stacked = [maps[variant.flipped] for variant in self.variants]
+            found[encoder.info.name] = torch.stack(stacked, dim=1).cpu().numpy()
+        return found
 
     @torch.inference_mode()
     def capture(self, samples: Sequence[PreparedSample], variant: Variant = PLAIN) -> Captured:
@@ -175,6 +194,12 @@ def store_as_float16(
     return stored, torch.stack([statistics[name].to(torch.float32) for name in STATISTICS], dim=-1)
 
 
+def clamp_to_float16(values: Float[Tensor, "..."]) -> Float16[Tensor, "..."]:
+    """The same cast without the statistics; values that are not finite become NaN, so that they are found."""
+    wide = values.to(torch.float32)
+    return wide.clamp(-FLOAT16_MAX, FLOAT16_MAX).where(wide.isfinite(), torch.nan).to(torch.float16)
+
+
 def norm_entropy(values: Float32[Tensor, "*maps h w C"]) -> Float32[Tensor, "*maps"]:
     """Entropy in nats of the histogram of a map's token norms, in 64 equal bins from 0 to their maximum.
 
@@ -203,6 +228,9 @@ def failures(features: FeatureBatch, layers: Sequence[str], timesteps: Sequence[
     for name, scores in features.concept_scores.items():
         for position in np.flatnonzero(~np.isfinite(scores).all(axis=tuple(range(1, scores.ndim)))):
             found.setdefault(int(position), f"concept scores of vocabulary {name!r} are not finite")
+    for name, maps in features.discriminative.items():
+        for position in np.flatnonzero(~np.isfinite(maps).all(axis=tuple(range(1, maps.ndim)))):
+            found.setdefault(int(position), f"discriminative features of {name!r} are not finite")
     return found
 
 

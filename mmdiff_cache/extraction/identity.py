@@ -1,15 +1,20 @@
 """What a run says of itself in the manifest: what must be equal, and what is for information."""
 
 import os
+from dataclasses import replace
 from importlib.metadata import version
 from typing import Any
 
 import torch
 
 from mmdiff_cache.backbones.weights import hash_weights, locate
+from mmdiff_cache.encoders.registry import describe_encoder
+from mmdiff_cache.encoders.weights import hash_encoder
+from mmdiff_cache.encoders.weights import locate as locate_encoder
 from mmdiff_cache.extraction.plan import ExtractionPlan
 from mmdiff_cache.store.manifest import Manifest
 from mmdiff_cache.store.quantise import stored_as
+from mmdiff_cache.store.schema import StoreSchema
 
 PACKAGES = ("mmdiff-cache", "torch", "diffusers", "transformers", "numpy", "pillow", "zarr", "numcodecs")
 """Their versions may change features, pictures or bytes by rounding."""
@@ -20,8 +25,8 @@ NOT_STORED = ("store", "device")
 def build_manifest(plan: ExtractionPlan) -> Manifest:
     """The manifest of a planned run.
 
-    Reads the weight files to hash them, and fetches a hub backbone that is not here yet. Raises BackboneError
-    when weights are missing.
+    Reads the weight files to hash them, and fetches what of them is on the hub and not here yet. Raises
+    BackboneError when weights are missing.
     """
     config = plan.config
     return Manifest(
@@ -38,10 +43,22 @@ def build_manifest(plan: ExtractionPlan) -> Manifest:
             "text_length": config.text_length,
             **stored_as(config.codec),
         },
-        schema=plan.schema,
+        schema=_with_encoders(plan),
         splits=plan.samples,
         provenance=_provenance(plan),
         config={name: value for name, value in config.to_json().items() if name not in NOT_STORED},
+    )
+
+
+def _with_encoders(plan: ExtractionPlan) -> StoreSchema:
+    """The schema, saying also which encoders they are."""
+    folders = [locate_encoder(describe_encoder(name), download=True) for name in plan.config.discriminative]
+    encoders = zip(plan.schema.discriminative, folders, strict=True)
+    return replace(
+        plan.schema,
+        discriminative=tuple(
+            replace(encoder, weights_sha256=hash_encoder(folder)) for encoder, folder in encoders
+        ),
     )
 
 

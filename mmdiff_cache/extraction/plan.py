@@ -14,6 +14,7 @@ from mmdiff_cache.config import ExtractConfig, data_folder, filled
 from mmdiff_cache.datasets.base import Dataset
 from mmdiff_cache.datasets.prompts import ORACLE, PromptRule, open_prompts
 from mmdiff_cache.datasets.registry import find_dataset
+from mmdiff_cache.encoders.registry import ENCODERS, describe_encoder
 from mmdiff_cache.errors import BackboneError, ConfigError, DataError, StorageRefused
 from mmdiff_cache.extraction.cost import Cost, estimate, time_blocks
 from mmdiff_cache.extraction.measured import Figure, known_ratio
@@ -22,6 +23,7 @@ from mmdiff_cache.store.arrays import arrays
 from mmdiff_cache.store.manifest import MANIFEST, read_manifest
 from mmdiff_cache.store.records import record_path
 from mmdiff_cache.store.schema import (
+    Discriminative,
     LabelArray,
     StoreSchema,
     Vocabulary,
@@ -108,6 +110,7 @@ def resolve(config: ExtractConfig) -> ExtractConfig:
         layers=config.layers or info.layers,
         timesteps=config.timesteps or info.timesteps,
         concepts=entry.concepts if config.concepts is None else config.concepts,
+        discriminative=_encoders(config.discriminative, resolution),
         resolution=resolution,
         guidance=info.guidance if config.guidance is None else config.guidance,
         text_length=config.text_length or info.text_length,
@@ -231,6 +234,14 @@ def _check_splits(splits: Iterable[str], there: Sequence[str], dataset: str) -> 
             raise ConfigError(f"split {split!r} is not one of {dataset}: {', '.join(there)}")
 
 
+def _encoders(names: Iterable[str], resolution: int) -> tuple[str, ...]:
+    """Known encoders by name, others by folder. Raises ConfigError unless they divide the picture."""
+    encoders = {name: describe_encoder(name) for name in names}
+    for encoder in encoders.values():
+        encoder.grid(resolution)
+    return tuple(name if name in ENCODERS else encoder.source for name, encoder in encoders.items())
+
+
 def _batching(config: ExtractConfig, tokens: int) -> tuple[int, int]:
     """Batch and partition size; a default gives way to the one that was chosen."""
     batch = config.batch_size or max(1, min(LARGEST_BATCH, TOKENS_A_BATCH // tokens))
@@ -300,6 +311,10 @@ def _schema(config: ExtractConfig, info: BackboneInfo, dataset: Dataset) -> Stor
             Vocabulary(name=name, concepts=words, blocks=info.double_blocks, map_blocks=info.concept_blocks)
             for name, words in filled(config.concepts).items()
         ),
+        discriminative=tuple(
+            Discriminative(name=e.name, layers=e.layers, grid=e.grid(resolution), channels=e.channels)
+            for e in map(describe_encoder, config.discriminative)
+        ),
         labels=tuple(LabelArray(spec=spec, canvas=dataset.canvas) for spec in dataset.label_specs),
         partition_size=filled(config.partition_size),
         codec=config.codec,
@@ -326,6 +341,8 @@ def _lines(plan: ExtractionPlan) -> Iterable[tuple[str, str]]:
         mirrored = ", each also mirrored" if config.flip else ""
         yield "variants", f"{len(schema.variants)}: {config.draws} noise draw(s) of every sample{mirrored}"
     yield "concepts", ", ".join(f"{v.name} ({' '.join(v.concepts)})" for v in schema.vocabularies) or "none"
+    for encoder, name in zip(schema.discriminative, config.discriminative, strict=True):
+        yield "encoder", f"{encoder} ({describe_encoder(name).licence})"
     yield "labels", ", ".join(label.spec.name for label in schema.labels) or "none"
     yield "batches", f"{config.batch_size} samples a forward pass, {config.partition_size} a partition"
     there = f" (holds {plan.done:,} of these {plan.total:,} samples already)" if plan.done else ""

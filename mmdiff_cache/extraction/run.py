@@ -12,6 +12,7 @@ import torch
 from mmdiff_cache.backbones.info import BackboneInfo
 from mmdiff_cache.backbones.registry import load_backbone
 from mmdiff_cache.config import ExtractConfig, filled
+from mmdiff_cache.encoders.registry import describe_encoder, load_encoder
 from mmdiff_cache.errors import BackboneError
 from mmdiff_cache.extraction.cost import operations_a_sample
 from mmdiff_cache.extraction.extractor import Extractor
@@ -26,6 +27,7 @@ from mmdiff_cache.records import Progress
 from mmdiff_cache.store.arrays import hidden_states
 from mmdiff_cache.store.reader import Store, open_store
 from mmdiff_cache.store.records import Partition, Record
+from mmdiff_cache.store.schema import StoreSchema
 from mmdiff_cache.store.writer import StoreWriter, open_writer
 
 logger = logging.getLogger(__name__)
@@ -85,7 +87,22 @@ def load_extractor(config: ExtractConfig, info: BackboneInfo) -> Extractor:
         noise=config.noise,
         guidance=config.guidance,
         variants=variants_of(config.draws, flip=config.flip),
+        encoders=[
+            load_encoder(describe_encoder(name), device=backbone.device) for name in config.discriminative
+        ],
     )
+
+
+def check_encoders(extractor: Extractor, schema: StoreSchema) -> None:
+    """Raise BackboneError unless the loaded encoders are those whose features a store holds."""
+    stored = {encoder.name: encoder.weights_sha256 for encoder in schema.discriminative}
+    for encoder in extractor.encoders:
+        name, found = encoder.info.name, encoder.weights_sha256
+        if stored.get(name) != found:
+            raise BackboneError(
+                f"the store has features of another {name}: its weights_sha256 was {stored.get(name)}, is "
+                f"{found}; put the former weights back, or extract into another folder"
+            )
 
 
 def _run(plan: ExtractionPlan, writer: StoreWriter, pending: list[Partition], progress: Progress) -> None:
@@ -138,6 +155,7 @@ def _check_backbone(plan: ExtractionPlan, extractor: Extractor, writer: StoreWri
                 f"{plan.backbone.name} changed while it was loaded: its {name} was "
                 f"{writer.manifest.identity[name]}, is {value}; run again when its files are complete"
             )
+    check_encoders(extractor, writer.manifest.schema)
 
 
 @contextmanager

@@ -120,4 +120,5 @@ def _row(features: FeatureBatch, position: int) -> FeatureBatch:
         concept_maps={name: maps[row] for name, maps in features.concept_maps.items()},
         latents=features.latents[row],
         audit=features.audit[row],
+        discriminative={name: maps[row] for name, maps in features.discriminative.items()},
     )

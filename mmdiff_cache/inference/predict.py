@@ -26,10 +26,10 @@ from mmdiff_cache.datasets.registry import find_dataset
 from mmdiff_cache.datasets.transforms import prepare
 from mmdiff_cache.errors import BackboneError, DataError
 from mmdiff_cache.extraction.extractor import Extractor, failures
-from mmdiff_cache.extraction.run import load_extractor
+from mmdiff_cache.extraction.run import check_encoders, load_extractor
 from mmdiff_cache.fitting import PAD, asked_size, from_network, to_network
 from mmdiff_cache.inference.output import Prediction, write_predictions
-from mmdiff_cache.loader import NO_CONCEPTS, Batch, picture_values
+from mmdiff_cache.loader import NO_CONCEPTS, Batch, picture_values, side_by_side
 from mmdiff_cache.records import FeatureBatch, LabelSpec, PreparedSample, Progress, Sample
 from mmdiff_cache.store.concepts import concept_maps, map_blocks
 from mmdiff_cache.store.manifest import Manifest
@@ -71,6 +71,7 @@ class TrainedModel:
             self.extraction,
             layers=filled(self.config.layers),
             concepts=words,
+            discriminative=self.encoders,
             draws=1,
             flip=False,
             device=device_of(self.run),
@@ -83,6 +84,7 @@ class TrainedModel:
                     f"{self.title} has learnt from another {self.extraction.backbone}, whose {name} was "
                     f"{stored}, not {value}; put the former weights back, or extract and train again"
                 )
+        check_encoders(extractor, self.manifest.schema)
         return extractor
 
     @cached_property
@@ -94,6 +96,12 @@ class TrainedModel:
     def vocabulary(self) -> str | None:
         """The concept list that guides the run, if any."""
         return None if self.config.concepts in (None, NO_CONCEPTS) else self.config.concepts
+
+    @property
+    def encoders(self) -> tuple[str, ...]:
+        """The discriminative encoders of the run, by name or folder as the store's configuration has them."""
+        stored = zip(self.manifest.schema.discriminative, self.extraction.discriminative, strict=True)
+        return tuple(name for encoder, name in stored if encoder.name in self.config.discriminative)
 
     def sample_of(self, picture: Picture) -> Sample:
         """Read a picture and give it its id. Raises DataError for a file that cannot be used."""
@@ -144,7 +152,10 @@ class TrainedModel:
         return Batch(
             hidden_states=torch.from_numpy(self._inputs(features, samples, steps)),
             concepts=concepts,
-            discriminative=(),
+            discriminative=tuple(
+                side_by_side(torch.from_numpy(features.discriminative[name][:count, 0]))
+                for name in self.config.discriminative
+            ),
             targets={},
             indices=torch.arange(count),
             ids=tuple(sample.sample_id for sample in samples),

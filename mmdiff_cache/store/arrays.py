@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from mmdiff_cache.records import STATISTICS
 
 if TYPE_CHECKING:  # schema counts bytes with this table
-    from .schema import LabelArray, StoreSchema, Vocabulary
+    from .schema import Discriminative, LabelArray, StoreSchema, Vocabulary
 
 Scalar = int | float | str | bool
 Reach = Literal["sample", "partition", "array"]
@@ -56,6 +56,7 @@ def arrays(schema: "StoreSchema", samples: int) -> tuple[ArraySpec, ...]:
         *_scales(schema, samples),
         *_sample_arrays(schema, samples),
         *(spec for words in schema.vocabularies for spec in _concept_arrays(schema, words, samples)),
+        *(spec for encoder in schema.discriminative for spec in _encoder_arrays(schema, encoder, samples)),
         *(spec for label in schema.labels for spec in _label_arrays(schema, label, samples)),
     )
 
@@ -212,6 +213,33 @@ def _concept_arrays(schema: "StoreSchema", words: "Vocabulary", samples: int) ->
             fill=math.nan, single=2, map_blocks=averaged,
         ),
     )  # fmt: skip
+
+
+def discriminative_path(name: str) -> str:
+    """Where the features of an encoder lie in a split."""
+    return f"discriminative/{name}/features"
+
+
+def _encoder_arrays(schema: "StoreSchema", encoder: "Discriminative", samples: int) -> tuple[ArraySpec, ...]:
+    """A shard is one (sample, variant), as with hidden states: megabytes, too many to hold a partition's."""
+    one_map = (*encoder.grid, encoder.channels)
+    note = "number of the encoder's block, counted from 0"  # not 'layer': a tree has that at its root
+    return (
+        _coordinate(
+            f"discriminative/{encoder.name}/dino_layer", "string", encoder.layers, "dino_layer", note
+        ),
+        ArraySpec(
+            path=discriminative_path(encoder.name),
+            dtype="float16",
+            dims=("sample", "variant", "dino_layer", "dino_height", "dino_width", "dino_channel"),
+            shape=(samples, len(schema.variants), len(encoder.layers), *one_map),
+            chunk=(1, 1, 1, *one_map),
+            shard=(1, 1, len(encoder.layers), *one_map),
+            fill=math.nan,
+            reach="sample",
+            attributes={"long_name": f"block outputs of {encoder.name}, patch tokens only", "units": "1"},
+        ),
+    )
 
 
 def _label_arrays(schema: "StoreSchema", label: "LabelArray", samples: int) -> tuple[ArraySpec, ...]:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from mmdiff_cache.errors import StoreError
 from mmdiff_cache.records import STATISTICS, FeatureBatch, LabelSpec, PreparedSample
 
-from .arrays import ArraySpec
+from .arrays import ArraySpec, discriminative_path
 from .records import is_text
 from .schema import LabelArray, StoreSchema
 
@@ -26,6 +26,7 @@ def feature_arrays(features: FeatureBatch) -> dict[str, NDArray[Any]]:
         "audit": features.audit,
         **{f"concepts/{name}/scores": scores for name, scores in features.concept_scores.items()},
         **{f"concepts/{name}/maps": maps for name, maps in features.concept_maps.items()},
+        **{discriminative_path(name): maps for name, maps in features.discriminative.items()},
     }
 
 
@@ -35,7 +36,7 @@ def check_batch(specs: Mapping[str, ArraySpec], features: FeatureBatch, samples:
     wanted = {
         p: s
         for p, s in specs.items()
-        if p in ("hidden_states", "latents", "audit") or p.startswith("concepts/")
+        if p in ("hidden_states", "latents", "audit") or p.startswith(("concepts/", "discriminative/"))
     }
     if given.keys() != wanted.keys():
         raise StoreError(f"a batch must hold the arrays {sorted(wanted)}, got {sorted(given)}")

@@ -41,6 +41,8 @@ class Selection:
     timesteps: Sequence[float] | None = None
     variants: Sequence[int] | None = None
     """By position."""
+    discriminative: Sequence[str] | None = None
+    """Encoders, by name; an empty list keeps none."""
     limit: int | None = None
     """The first N samples of every split."""
     codec: Codec | None = None
@@ -70,6 +72,7 @@ class Conversion:
                 f"samples    {counts}",
                 f"layers     {' '.join(schema.layers)}",
                 f"timesteps  {steps}",
+                f"encoders   {' '.join(encoder.name for encoder in schema.discriminative) or 'none'}",
                 f"codec      {schema.codec}",
             ]
         )
@@ -97,6 +100,7 @@ def plan_conversion(
             f"timestep number j of {store.path} has noise draw j (noise.shared is off), so only timesteps "
             "from the end of its list can be left out"
         )
+    encoders = _kept("encoder", tuple(reader.discriminative), selection.discriminative)
     codec = selection.codec or stored.schema.codec
     if stored.schema.codec == "int8" != codec:
         raise ConfigError(f"{store.path} is int8: what was rounded away cannot come back with codec {codec}")
@@ -105,6 +109,7 @@ def plan_conversion(
         layers=layers,
         timesteps=timesteps,
         variants=tuple(stored.schema.variants[n] for n in variants),
+        discriminative=tuple(e for e in stored.schema.discriminative if e.name in encoders),
         codec=codec,
     )
     manifest = _manifest(store, schema, {split: stored.splits[split][: selection.limit] for split in splits})
@@ -197,9 +202,16 @@ def _config(stored: Manifest, schema: StoreSchema, samples: Mapping[str, tuple[s
         "timesteps": list(schema.timesteps),
         "splits": list(samples),
         "codec": schema.codec,
+        "discriminative": _encoders(stored, schema),
         "limit": max(map(len, samples.values())) if cut else config.get("limit"),
     }
     return config | {name: value for name, value in changes.items() if name in config}
+
+
+def _encoders(stored: Manifest, schema: StoreSchema) -> list[str]:
+    """The encoders that are kept as the configuration calls them: by name or folder, in stored order."""
+    kept = [encoder in schema.discriminative for encoder in stored.schema.discriminative]
+    return [name for name, keep in zip(stored.config.get("discriminative", ()), kept, strict=False) if keep]
 
 
 def _check_disk(conversion: Conversion, done: float) -> None:
@@ -260,4 +272,10 @@ def _features(conversion: Conversion, reader: SplitReader, position: int) -> Fea
         concept_maps=maps,
         latents=reader.latents([position]),
         audit=reader.audit([position])[kept],
+        discriminative={
+            encoder.name: np.stack(
+                [reader.discriminative_features(encoder.name, [position], v)[0] for v in chosen]
+            )[None]
+            for encoder in conversion.manifest.schema.discriminative
+        },
     )

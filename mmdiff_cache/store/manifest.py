@@ -19,7 +19,7 @@ from mmdiff_cache.config import Fit
 from mmdiff_cache.errors import ConfigError, DamageError, StoreError
 
 from .records import Partition, canonical, is_text, partitions, seal, unseal
-from .schema import FORMAT_VERSION, StoreSchema, Vocabulary, check_name
+from .schema import FORMAT_VERSION, Discriminative, StoreSchema, Vocabulary, check_name
 
 MANIFEST = "manifest.json"
 NEXT_MANIFEST = "manifest.next.json"
@@ -219,6 +219,9 @@ def _contents(stored: StoreSchema, asked: StoreSchema) -> Iterator[Difference]:
     vocabularies = {vocabulary.name: vocabulary for vocabulary in stored.vocabularies}
     for want in asked.vocabularies:
         yield from _vocabulary(vocabularies.get(want.name), want)
+    encoders = {encoder.name: encoder for encoder in stored.discriminative}
+    for encoder in asked.discriminative:
+        yield from _encoder(encoders.get(encoder.name), encoder)
     labels = {label.spec.name: label for label in stored.labels}
     for label in asked.labels:
         have = labels.get(label.spec.name)
@@ -244,6 +247,17 @@ def _vocabulary(have: Vocabulary | None, want: Vocabulary) -> Iterator[Differenc
     averaged = [vocabulary.map_blocks or vocabulary.blocks for vocabulary in (have, want)]
     if averaged[0] != averaged[1]:
         yield Difference(part="contents", field=f"{name}.map_blocks", stored=averaged[0], asked=averaged[1])
+
+
+def _encoder(have: Discriminative | None, want: Discriminative) -> Iterator[Difference]:
+    name = f"discriminative.{want.name}"
+    if have is None:
+        yield Difference(part="contents", field=name, stored="absent", asked=", ".join(want.layers))
+        return
+    for part in dataclasses.fields(want):
+        before, now = getattr(have, part.name), getattr(want, part.name)
+        if before != now:
+            yield Difference(part="contents", field=f"{name}.{part.name}", stored=before, asked=now)
 
 
 def _data(

@@ -6,7 +6,8 @@ any moment leave either no record or a true one.
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import product
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from mmdiff_cache.errors import DamageError, DataError, StoreError
 from mmdiff_cache.records import FeatureBatch, PreparedSample, noise_key
 
-from .arrays import arrays, filled_rows
+from .arrays import arrays, discriminative_path, filled_rows
 from .checks import check_batch, feature_arrays, sample_fault
 from .files import storage_errors
 from .manifest import Manifest
@@ -66,6 +67,9 @@ class PartitionWriter:
                 self.fail(offset + number, sample.sample_id, reason)
                 continue
             self._stage_hidden_states(offset + number, row.pop("hidden_states"))
+            for encoder in self._schema.discriminative:
+                path = discriminative_path(encoder.name)
+                self._stage_shards(path, offset + number, row.pop(path))
             self._keep(offset + number, sample, row)
 
     def fail(self, offset: int, sample_id: str, reason: str) -> None:
@@ -125,13 +129,18 @@ class PartitionWriter:
                 )
 
     def _stage_hidden_states(self, offset: int, values: NDArray[np.float16]) -> None:
-        """One shard a variant; `values` is [V T L h w C]."""
-        sample = self.partition.start + offset
+        """`values` is [V T L h w C]; with codec int8 it is rounded first."""
+        if self._schema.codec == "int8":
+            rounded = [self._quantised(offset, variant, maps) for variant, maps in enumerate(values)]
+            self._stage_shards("hidden_states", offset, rounded)
+        else:
+            self._stage_shards("hidden_states", offset, values)
+
+    def _stage_shards(self, path: str, offset: int, values: Iterable[NDArray[Any]]) -> None:
+        """One shard a variant of an array whose files are those of single samples."""
         with storage_errors(self.root):
             for variant, maps in enumerate(values):
-                lossy = self._schema.codec == "int8"
-                stored = self._quantised(offset, variant, maps) if lossy else maps
-                self._staging.shard("hidden_states", (sample, variant), stored)
+                self._staging.shard(path, (self.partition.start + offset, variant), maps)
 
     def _quantised(self, offset: int, variant: int, maps: NDArray[np.float16]) -> NDArray[np.int8]:
         """The maps [T L h w C] of one variant as whole numbers; their scales go to the small arrays."""
@@ -188,9 +197,9 @@ class PartitionWriter:
             logger.warning("cannot list the failed samples in %s: %s", file, error)
 
     def _failed_shards(self) -> Iterator[str]:
-        """Where the hidden states of samples that fail now may lie from before."""
+        """Where the features of samples that fail now may lie from before."""
+        large = [spec for spec in self._specs.values() if spec.reach == "sample"]
         for number, entry in enumerate(self._entries, start=self.partition.start):
             if entry is not None and entry.state == "failed":
-                for variant in range(len(self._schema.variants)):
-                    key = chunk_key(self._specs["hidden_states"], number, variant)
-                    yield f"{self.partition.split}.zarr/{key}"
+                for spec, variant in product(large, range(len(self._schema.variants))):
+                    yield f"{self.partition.split}.zarr/{chunk_key(spec, number, variant)}"

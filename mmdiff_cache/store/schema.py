@@ -46,6 +46,24 @@ class Vocabulary(Config):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Discriminative(Config):
+    """The features of one discriminative encoder (Paper: Sec. 3.3)."""
+
+    name: str
+    layers: tuple[str, ...]
+    """The encoder's blocks, counted from 0, in the order in which they are stored."""
+    grid: tuple[int, int]
+    """Rows and columns of patches."""
+    channels: int
+    weights_sha256: str = ""
+    """Which encoder it was; not known in a plan, which reads no weights."""
+
+    def __str__(self) -> str:
+        blocks, sides = ", ".join(self.layers), " x ".join(map(str, (*self.grid, self.channels)))
+        return f"{self.name}: blocks {blocks} of {sides}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class LabelArray(Config):
     """One label set: what its values mean and the canvas [rows, columns] that every original map fits in."""
 
@@ -72,6 +90,7 @@ class StoreSchema(Config):
     """Rows and columns of the network input, in pixels."""
     variants: tuple[Variant, ...] = (Variant(),)
     vocabularies: tuple[Vocabulary, ...] = ()
+    discriminative: tuple[Discriminative, ...] = ()
     labels: tuple[LabelArray, ...] = ()
     partition_size: int = 64
     """Samples a partition: the unit of work, of completion and of redo."""
@@ -93,17 +112,24 @@ class StoreSchema(Config):
             _check_positive(name, getattr(self, name), length=1)
         for what, names in (
             ("concept vocabulary", [v.name for v in self.vocabularies]),
+            ("discriminative encoder", [encoder.name for encoder in self.discriminative]),
             ("label set", [label.spec.name for label in self.labels]),
         ):
             for name in names:
                 check_name(name, what)
             if len(set(names)) != len(names):
                 raise ConfigError(f"{what} names must be distinct, got {names}")
-        if 2 * math.prod(self.grid) * self.channels > LARGEST_CHUNK:
-            raise ConfigError(
-                f"a map of {list(self.grid)} tokens and {self.channels} channels has more than the 2 GiB "
-                "that Blosc can encode"
-            )
+        for encoder in self.discriminative:
+            _check_encoder(encoder)
+        for grid, channels in (
+            (self.grid, self.channels),
+            *((e.grid, e.channels) for e in self.discriminative),
+        ):
+            if 2 * math.prod(grid) * channels > LARGEST_CHUNK:
+                raise ConfigError(
+                    f"a map of {list(grid)} tokens and {channels} channels has more than the 2 GiB that "
+                    "Blosc can encode"
+                )
         for label in self.labels:
             _check_positive(f"canvas of {label.spec.name}", *label.canvas, length=2)
         for size in (self.image_size, *(label.canvas for label in self.labels)):
@@ -116,6 +142,13 @@ class StoreSchema(Config):
 def _check_positive(name: str, *values: int, length: int) -> None:
     if len(values) != length or any(value < 1 for value in values):
         raise ConfigError(f"{name} of a store must be {length} positive number(s), got {values}")
+
+
+def _check_encoder(encoder: Discriminative) -> None:
+    if not encoder.layers or len(set(encoder.layers)) != len(encoder.layers):
+        raise ConfigError(f"layers of {encoder.name} must be distinct and at least one, got {encoder.layers}")
+    _check_positive(f"grid of {encoder.name}", *encoder.grid, length=2)
+    _check_positive(f"channels of {encoder.name}", encoder.channels, length=1)
 
 
 def _check_vocabulary(vocabulary: Vocabulary) -> None:

@@ -18,14 +18,14 @@ from numpy.typing import NDArray
 from mmdiff_cache.errors import ConfigError, DamageError, MMDiffError, StorageError
 from mmdiff_cache.records import LabelSpec
 
-from .arrays import ArraySpec, arrays
+from .arrays import ArraySpec, arrays, discriminative_path
 from .chunks import ChunkReader
 from .evidence import Evidence
 from .manifest import Manifest
 from .metadata import chunk_key, codec_words
 from .quantise import restore
 from .records import FileEntry, SampleEntry
-from .schema import Variant
+from .schema import Discriminative, Variant
 from .shards import ShardLayout, parse_layout
 from .threads import codec_pool
 
@@ -97,6 +97,11 @@ class SplitReader:
     def vocabularies(self) -> dict[str, tuple[str, ...]]:
         """The stored concept lists, by name."""
         return {vocabulary.name: vocabulary.concepts for vocabulary in self._schema.vocabularies}
+
+    @property
+    def discriminative(self) -> dict[str, Discriminative]:
+        """The stored features of discriminative encoders, by name."""
+        return {encoder.name: encoder for encoder in self._schema.discriminative}
 
     @property
     def finished(self) -> tuple[int, ...]:
@@ -221,6 +226,20 @@ class SplitReader:
         """Shares of the concepts at every token, [B K h w]: mean over map_blocks and all stored timesteps."""
         path = f"concepts/{self._vocabulary(vocabulary)}/maps"
         return self._rows(path, samples, self._variant(variant))
+
+    def discriminative_features(
+        self, name: str, samples: Sequence[int], variant: int = 0
+    ) -> NDArray[np.float16]:
+        """Patch tokens of all stored blocks of an encoder, [B L h w D] (Paper: Sec. 3.3)."""
+        if name not in self.discriminative:
+            stored = ", ".join(self.discriminative) or "none"
+            raise ConfigError(f"discriminative features {name!r} are not in {self.path}; stored: {stored}")
+        self._evidence.require(samples)
+        path, variant = discriminative_path(name), self._variant(variant)
+        out = np.empty((len(samples), *self._specs[path].shape[2:]), np.float16)
+        places = product(enumerate(samples), range(out.shape[1]))
+        self._fill(path, [((n, variant, layer), out[row, layer]) for (row, n), layer in places])
+        return out
 
     def latents(self, samples: Sequence[int]) -> NDArray[np.float32]:
         """Clean latents as tokens, [B h w P]."""

@@ -96,6 +96,8 @@ class StoreSummary:
     timesteps: tuple[float, ...]
     variants: int
     vocabularies: Mapping[str, tuple[str, ...]]
+    discriminative: Mapping[str, tuple[str, ...]]
+    """Blocks of each discriminative encoder."""
     splits: Mapping[str, SplitStates]
     arrays: tuple[ArraySummary, ...]
     maps: tuple[MapStatistics, ...]
@@ -143,6 +145,7 @@ def summarize(store: Store, label_samples: int = 256) -> StoreSummary:
         timesteps=schema.timesteps,
         variants=len(schema.variants),
         vocabularies=readers[0].vocabularies,
+        discriminative={encoder.name: encoder.layers for encoder in schema.discriminative},
         splits={reader.split: _states(reader) for reader in readers},
         arrays=arrays,
         maps=_maps(readers),
@@ -183,6 +186,7 @@ def short_text(store: Store) -> str:
     lines.append(f"  {_count(schema.layers, 'layer')} ({', '.join(schema.layers)}) of {grid} {dtype}")
     lines.append(f"  {_count(schema.timesteps, 'timestep')} ({steps})")
     lines += [f"  concepts {words.name}: {', '.join(words.concepts)}" for words in schema.vocabularies]
+    lines += [f"  discriminative {encoder}" for encoder in schema.discriminative]
     if schema.labels:
         lines.append(f"  labels {', '.join(f'{x.spec.name} ({x.spec.kind})' for x in schema.labels)}")
     lines.append(f"  {disk / 1e6:,.1f} MB on disk, {raw / 1e6:,.1f} MB raw")

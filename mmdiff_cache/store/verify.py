@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from mmdiff_cache.errors import DamageError, MMDiffError
 from mmdiff_cache.records import STATISTICS, Progress, noise_key
 
+from .arrays import arrays
 from .checks import stray_id
 from .files import sha256_file
 from .manifest import MANIFEST, Manifest, read_manifest
@@ -199,12 +200,13 @@ class _Check:
         """The files of a record, without the shards of samples behind the limit."""
         if self._limit is None or record.stop <= self._limit:
             return record.files
-        prefix = f"{record.split}.zarr/hidden_states/c."
+        large = [spec.path for spec in arrays(self._manifest.schema, 1) if spec.reach == "sample"]
+        folders = {f"{record.split}.zarr/{path}" for path in large}
         return [
             entry
             for entry in record.files
-            if not entry.path.startswith(prefix)
-            or int(entry.path.removeprefix(prefix).split(".")[0]) < self._limit
+            if (place := entry.path.rpartition("/"))[0] not in folders
+            or int(place[2].removeprefix("c.").split(".")[0]) < self._limit
         ]
 
     def _fault(self, entry: FileEntry) -> str | None:
@@ -256,6 +258,7 @@ def _sample_fault(reader: SplitReader, damaged: set[str], label_set: str | None,
         _wrong_identity,
         _wrong_features,
         _wrong_concepts,
+        _wrong_discriminative,
         _wrong_labels,
     )
     for check in checks if label_set is None else (partial(_wrong_label, name=label_set),):
@@ -320,6 +323,14 @@ def _wrong_concepts(reader: SplitReader, sample: int) -> str | None:
             shares = reader.concept_maps(name, [sample], variant)[0].sum(axis=0)
             if not np.abs(shares - 1).max() <= SUM_TOLERANCE:
                 return f"concept maps of {name} do not add up to 1"
+    return None
+
+
+def _wrong_discriminative(reader: SplitReader, sample: int) -> str | None:
+    for name in reader.discriminative:
+        for variant in range(len(reader.variants)):
+            if not np.isfinite(reader.discriminative_features(name, [sample], variant)).all():
+                return f"discriminative features of {name} have values that are not finite"
     return None
 
 

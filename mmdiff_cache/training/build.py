@@ -15,7 +15,14 @@ from mmdiff_cache.store.manifest import hash_of_ids
 from mmdiff_cache.store.reader import Store, open_store
 from mmdiff_cache.tasks import Task, find_task, out_channels
 from mmdiff_cache.training.pixels import PIXELS_MULTIPLE, PixelSpec, PixelUNet
-from mmdiff_cache.training.resolve import TRAIN_SPLIT, Origin, label_spec, origin, training_samples
+from mmdiff_cache.training.resolve import (
+    TRAIN_SPLIT,
+    Origin,
+    encoder_hashes,
+    label_spec,
+    origin,
+    training_samples,
+)
 
 Model = MMDiff | PixelUNet
 Spec = ModelSpec | PixelSpec
@@ -82,6 +89,7 @@ class Setup:
             "backbone": self.origin.backbone,
             "prompts": self.origin.prompts,
             "sha256_of_ids": hash_of_ids(ids),
+            **encoder_hashes(self.store, self.config.discriminative),
         }
 
 
@@ -154,7 +162,7 @@ def make_spec(config: TrainConfig, samples: CachedFeatureDataset, label: LabelSp
             )
         return PixelSpec(out_channels=out_channels(label), output=task.output, typical_depth=depth)
     latents = config.source == "latents"
-    vocabularies = samples.reader.vocabularies
+    vocabularies, encoders = samples.reader.vocabularies, samples.reader.discriminative
     return resolve_model(
         ModelSpec(
             decoder=filled(config.decoder),
@@ -166,6 +174,9 @@ def make_spec(config: TrainConfig, samples: CachedFeatureDataset, label: LabelSp
             grid=schema.grid,
             patch=schema.image_size[0] // schema.grid[0],
             concepts=0 if samples.concepts is None else len(vocabularies[samples.concepts]),
+            discriminative=tuple(
+                len(encoders[name].layers) * encoders[name].channels for name in samples.discriminative
+            ),
             aggregator=config.aggregator,
             decoder_width=config.decoder_width,
             source="latents" if latents else "hidden_states",

@@ -50,6 +50,12 @@ def origin(store: Store) -> Origin:
     )
 
 
+def encoder_hashes(store: Store, names: Iterable[str]) -> dict[str, str]:
+    """Which discriminative encoders those of a store are; the identity of hidden states does not tell."""
+    stored = {encoder.name: encoder.weights_sha256 for encoder in store.manifest.schema.discriminative}
+    return {f"weights of {name}": stored.get(name, "absent") for name in names}
+
+
 def resolve(config: TrainConfig) -> TrainConfig:
     """Fill every None but `run` from the task and the store; paths become absolute.
 
@@ -71,6 +77,7 @@ def resolve(config: TrainConfig) -> TrainConfig:
             reader.timesteps, map(reader.timestep_index, config.timesteps or reader.timesteps)
         ),
         concepts=_concepts(config, task, reader),
+        discriminative=_discriminative(config, reader),
         aggregator=_aggregator(config, width),
         decoder=config.decoder or task.decoder,
         decoder_width=config.decoder_width or default_decoder_width(width),
@@ -170,6 +177,20 @@ def _concepts(config: TrainConfig, task: Task, reader: SplitReader) -> str:
             f"take one of them with --concepts, or --concepts {NO_CONCEPTS}"
         )
     return name
+
+
+def _discriminative(config: TrainConfig, reader: SplitReader) -> tuple[str, ...]:
+    """The encoders in stored order. Raises ConfigError for one that is not stored, and where none is used."""
+    stored = tuple(reader.discriminative)
+    for name in config.discriminative:
+        if name not in stored:
+            raise ConfigError(
+                f"discriminative features {name!r} are not in {reader.path}; stored: "
+                f"{', '.join(stored) or 'none'}"
+            )
+    if config.discriminative and config.source == "images":
+        raise ConfigError("source 'images' uses the pictures alone, so discriminative must be empty")
+    return _in_stored_order(stored, map(stored.index, config.discriminative))
 
 
 def _aggregator(config: TrainConfig, width: int) -> AggregatorConfig:

@@ -37,7 +37,7 @@ from mmdiff_cache.training.folder import (
     open_folder,
     read_metrics,
 )
-from mmdiff_cache.training.resolve import pick_device, resolve
+from mmdiff_cache.training.resolve import encoder_hashes, pick_device, resolve
 from mmdiff_cache.training.trainer import Trainer
 
 FREE_TO_DIFFER = ("run", "stores", "device", "memory")
@@ -148,6 +148,12 @@ def store_of(run: Run, path: str | Path | None = None) -> Store:
             f"{run.path} was trained on a store with identity {run.origin['fingerprint'][:12]}, {folder} has "
             f"{store.manifest.fingerprint[:12]}; name the former store, or train again"
         )
+    for name, value in encoder_hashes(store, run.config.discriminative).items():
+        if run.origin.get(name) != value:
+            raise CheckpointError(
+                f"{run.path} was trained with {name} {run.origin.get(name)}, {folder} has {value}; name the "
+                "former store, or train again"
+            )
     return store
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from mmdiff_cache.records import STATISTICS, FeatureBatch, LabelSpec, PreparedSample
 from mmdiff_cache.store.manifest import Manifest
-from mmdiff_cache.store.schema import LabelArray, StoreSchema, Variant, Vocabulary
+from mmdiff_cache.store.schema import Discriminative, LabelArray, StoreSchema, Variant, Vocabulary
 from mmdiff_cache.store.writer import StoreWriter, open_writer
 
 CLASSES = LabelSpec(name="classes", kind="classes", classes=("sky", "ground", "ball"), ignore=255)
@@ -41,6 +41,11 @@ def make_schema(**changes: object) -> StoreSchema:
                 map_blocks=("double.1",),
             ),
             Vocabulary(name="depth", concepts=("near", "far"), blocks=("double.1",)),
+        ),
+        "discriminative": (
+            Discriminative(
+                name="dino", layers=("1", "4", "7"), grid=(1, 2), channels=5, weights_sha256="1" * 64
+            ),
         ),
         "labels": (
             LabelArray(spec=CLASSES, canvas=(10, 14)),
@@ -120,6 +125,10 @@ def make_features(schema: StoreSchema, ids: list[str]) -> FeatureBatch:
         concept_maps={x.name: shares(v, len(x.concepts), *schema.grid) for x in schema.vocabularies},
         latents=draw(*schema.grid, schema.latent_channels),
         audit=audit,
+        discriminative={
+            x.name: draw(v, len(x.layers), *x.grid, x.channels, dtype=np.float16)
+            for x in schema.discriminative
+        },
     )
 
 

@@ -1,0 +1,1 @@
+"""Frozen discriminative encoders, whose features stand beside those of the diffusion transformer."""
