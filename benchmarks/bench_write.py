@@ -6,6 +6,7 @@ All ways write the same samples, a file each, in the same process, interleaved, 
 HDF5 takes part where h5py is installed.
 """
 
+import hashlib
 import importlib
 import importlib.util
 import os
@@ -30,9 +31,11 @@ from mmdiff_cache.store.shards import ShardLayout, blosc, parse_layout
 from mmdiff_cache.store.threads import codec_pool
 
 BOUND, OURS, ZARR = "compression and one durable write (the bound)", "mmdiff-cache", "zarr-python, then fsync"
+HASHED = "the same, with SHA-256 of the file"
 TENSORS, ARRAYS, HDF5 = "safetensors, then fsync", "npy, then fsync", "HDF5, chunked, then fsync"
 PROMISES = {
     BOUND: ("none", ""),
+    HASHED: ("SHA-256", ""),
     OURS: ("crc32c, SHA-256", "yes"),
     ZARR: ("crc32c", "no: absent reads as fill"),
     TENSORS: ("none", "no"),
@@ -44,8 +47,11 @@ h5py: Any = importlib.import_module("h5py") if importlib.util.find_spec("h5py") 
 Write = Callable[[Path, NDArray[np.float16]], object]
 
 
-def bound(layout: ShardLayout, pool: Executor, path: Path, values: NDArray[np.float16]) -> None:
+def bound(
+    layout: ShardLayout, pool: Executor, path: Path, values: NDArray[np.float16], *, hashed: bool = False
+) -> None:
     """All chunks compressed by threads, written in one go."""
+    digest = hashlib.sha256()
 
     def packed(chunk: NDArray[np.float16]) -> bytes:
         return blosc.compress(chunk, layout.compressor.encode(), layout.level, layout.shuffle, layout.block)
@@ -53,6 +59,8 @@ def bound(layout: ShardLayout, pool: Executor, path: Path, values: NDArray[np.fl
     with open(path, "wb", buffering=0) as file:
         for data in pool.map(packed, values.reshape(-1, *layout.chunk[4:])):
             file.write(data)
+            if hashed:
+                digest.update(data)
         os.fsync(file.fileno())
 
 
@@ -95,6 +103,7 @@ def ways(folder: Path, grid: int, channels: int, pool: Executor) -> dict[str, Wr
 
     return {
         BOUND: lambda path, values: bound(layout, pool, path, values),
+        HASHED: lambda path, values: bound(layout, pool, path, values, hashed=True),
         OURS: lambda path, values: ours(layout, pool, path, values),
         ZARR: lambda path, values: through_zarr(array, shard, path, values),
         TENSORS: partial(then_fsync, tensors),

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from .errors import ConfigError
-from .fitting import Fit
 
 NoiseForm = Literal["flow", "vp"]
+Fit = Literal["squash", "pad", "crop"]
+"""How a picture becomes the square that the network takes; see fitting."""
 Codec = Literal["zstd", "fast", "int8"]
 DecoderName = str
 """A name in models.mmdiff.DECODERS."""
@@ -172,7 +173,7 @@ class ExtractConfig(Config):
     flip: bool = False
     """Whether each draw is also taken of the mirrored picture; left and right change places in its prompt."""
     codec: Codec = "zstd"
-    """`zstd` (lossless), `fast` (lz4, lossless and larger), `int8` (about 1 % off, half the bytes)."""
+    """`zstd` (lossless), `fast` (lz4, lossless and larger), `int8` (about 0.5 % off, half the bytes)."""
     store: str | None = None
     """Folder of the store; data/<dataset>/<backbone> (or under $MMDIFF_DATA) by default."""
 

@@ -5,12 +5,13 @@ side, `crop` first cuts the longer one, both evenly (an odd pixel at the bottom 
 keeps the shape of things.
 """
 
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-Fit = Literal["squash", "pad", "crop"]
+from .config import Fit
+
 PAD = 128
 """Grey of the margins, the middle of the network's input range."""
 

@@ -2,12 +2,13 @@
 
     python pipelines/controls.py --work controls-work             # hours on two cores; run again, it goes on
     python pipelines/controls.py --work controls-quick --quick    # minutes: only to see that it runs
+    python pipelines/controls.py --work controls-work --times 3 --task segmentation --row "VAE latent" ...
 
 Every row is the same training (samples, batches, steps, seeds, decoder, loss) on other features: four
 timesteps of the trained backbone, the same as int8, each timestep alone, four timesteps of a backbone of the
 same shape with random weights, the clean VAE latent. The working folder gets results.jsonl (one line a
-training; what has one is not trained again), table.md and loss-<task>.png; docs/experiments.md says what came
-out.
+training; what has one is not trained again), table.md, int8.md and loss-<task>.png; docs/experiments.md says
+what came out.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is imported
 
+import numpy as np
 import torch
 from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
 
@@ -33,7 +35,7 @@ from mmdiff_cache.backbones.registry import BACKBONES
 from mmdiff_cache.flux_scenes.build import load_pipeline, save_pipeline
 from mmdiff_cache.flux_scenes.curves import draw_lines
 from mmdiff_cache.store.convert import Selection, convert, plan_conversion
-from mmdiff_cache.store.reader import open_store
+from mmdiff_cache.store.reader import SplitReader, open_store
 from mmdiff_cache.tasks import better, find_task, headline
 from mmdiff_cache.training.baselines import on_latents
 from mmdiff_cache.training.build import open_dataset
@@ -61,6 +63,9 @@ class Size:
     steps: Mapping[str, int]
     """By task."""
     seeds: tuple[int, ...]
+    tasks: tuple[str, ...] = TASKS
+    rows: tuple[str, ...] = ()
+    """Names of those that are trained; empty means all."""
 
 
 WHOLE = Size(limit=512, steps={"segmentation": 480, "saliency": 240, "depth": 240}, seeds=(0, 1, 2))
@@ -88,11 +93,12 @@ def row_configs(task: str, size: Size, seed: int, work: Path) -> dict[str, mm.Tr
         "VAE latent": on_latents(full),
         **{SINGLE.format(t): replace(full, timesteps=(t,)) for t in NINE},
     }
-    return {name: replace(config, run=str(_folder(work, task, name, seed))) for name, config in rows.items()}
-
-
-def _folder(work: Path, task: str, row: str, seed: int) -> Path:
-    return work / "runs" / task / row.replace(" ", "") / str(seed)
+    folder = work / "runs" / f"{task}-{size.steps[task]}"
+    return {
+        name: replace(config, run=str(folder / name.replace(" ", "") / str(seed)))
+        for name, config in rows.items()
+        if name in (size.rows or rows)
+    }
 
 
 def randomised(work: Path) -> Path:
@@ -174,7 +180,7 @@ def train_all(size: Size, work: Path, results: Path, workers: int) -> list[dict[
     found: list[dict[str, Any]] = []
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         waiting: list[Future[dict[str, Any]]] = []
-        for seed, task in product(size.seeds, TASKS):
+        for seed, task in product(size.seeds, size.tasks):
             for row, config in row_configs(task, size, seed, work).items():
                 asked = _asked(config, row)
                 line = next((line for line in done if asked.items() <= line.items()), None)
@@ -195,19 +201,19 @@ def train_all(size: Size, work: Path, results: Path, workers: int) -> list[dict[
     return found
 
 
-def write_report(lines: list[dict[str, Any]], work: Path) -> None:
+def write_report(lines: list[dict[str, Any]], work: Path, suffix: str) -> None:
     """table.md, and a picture of the training curves a task."""
     tables: list[str] = []
-    for task in TASKS:
+    for task in dict.fromkeys(line["task"] for line in lines):
         rows: dict[str, list[dict[str, Any]]] = {}
         for line in sorted((line for line in lines if line["task"] == task), key=lambda one: one["seed"]):
             rows.setdefault(line["row"], []).append(line)
         tables += _table(task, rows)
         caption = f"{task}: training loss by step, each point the mean of 1/20 of the steps and of all seeds"
         series = {name: _mean_curve([run["loss"] for run in runs]) for name, runs in rows.items()}
-        draw_lines(series, caption).save(work / f"loss-{task}.png", optimize=True)
-    (work / "table.md").write_text("\n".join(tables))
-    log.info("%s\n\n%s", work / "table.md", "\n".join(tables))
+        draw_lines(series, caption).save(work / f"loss-{task}{suffix}.png", optimize=True)
+    (work / f"table{suffix}.md").write_text("\n".join(tables))
+    log.info("%s\n\n%s", work / f"table{suffix}.md", "\n".join(tables))
 
 
 def _table(task: str, rows: Mapping[str, list[dict[str, Any]]]) -> list[str]:
@@ -232,6 +238,28 @@ def _table(task: str, rows: Mapping[str, list[dict[str, Any]]]) -> list[str]:
     return [*lines, *(f"| *{name}* | {value:.3f} | | |" for name, value in label_free.items()), "", ""]
 
 
+def write_int8(work: Path) -> None:
+    """int8.md: what the int8 store saves, and how far its features are from the lossless ones."""
+    lossless, rounded = open_store(work / TRAINED)["test"], open_store(work / INT8)["test"]
+    difference, whole, cosines = 0.0, 0.0, list[float]()
+    for sample, t, layer in product(range(min(32, len(rounded))), rounded.timesteps, rounded.layers):
+        one, other = (reader.read(sample, t, layer).astype(np.float64) for reader in (lossless, rounded))
+        difference, whole = difference + float(((one - other) ** 2).sum()), whole + float((one**2).sum())
+        norms = np.linalg.norm(one, axis=-1) * np.linalg.norm(other, axis=-1)
+        cosines.append(float(((one * other).sum(axis=-1) / norms).min()))
+    sizes = [_hidden_bytes(reader) / len(reader.timesteps) for reader in (lossless, rounded)]
+    text = (
+        f"hidden states of int8: {sizes[1] / sizes[0]:.2f} of the lossless bytes, relative error "
+        f"{(difference / whole) ** 0.5:.4f} (L2), smallest cosine of a token {min(cosines):.6f}"
+    )
+    (work / "int8.md").write_text(text + "\n")
+    log.info(text)
+
+
+def _hidden_bytes(reader: SplitReader) -> int:
+    return sum(file.stat().st_size for file in (reader.path / "hidden_states").glob("c.*"))
+
+
 def _mean_curve(curves: list[list[tuple[int, float]]]) -> list[tuple[int, float]]:
     """The mean over trainings, step by step."""
     return [(points[0][0], mean(value for _, value in points)) for points in zip(*curves, strict=True)]
@@ -249,12 +277,23 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="trainings side by side")
     parser.add_argument("--results", type=Path, help="one line a training; WORK/results.jsonl by default")
     parser.add_argument("--quick", action="store_true", help="a few samples and steps")
+    parser.add_argument("--times", type=int, default=1, help="so many times the steps")
+    parser.add_argument("--task", action="append", choices=TASKS, help="only these; by default all")
+    parser.add_argument("--row", action="append", help="only these; by default all")
     asked = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     size, work = QUICK if asked.quick else WHOLE, asked.work.absolute()
+    size = replace(
+        size,
+        steps={task: steps * asked.times for task, steps in size.steps.items()},
+        tasks=tuple(asked.task or TASKS),
+        rows=tuple(asked.row or ()),
+    )
     work.mkdir(parents=True, exist_ok=True)
     make_stores(size, work)
-    write_report(train_all(size, work, asked.results or work / "results.jsonl", asked.workers), work)
+    write_int8(work)
+    lines = train_all(size, work, asked.results or work / "results.jsonl", asked.workers)
+    write_report(lines, work, suffix="" if asked.times == 1 else f"-{asked.times}x")
 
 
 if __name__ == "__main__":

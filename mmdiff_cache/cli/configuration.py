@@ -8,6 +8,7 @@ from types import ModuleType
 from typing import Any, TypeVar
 
 from mmdiff_cache.config import Config
+from mmdiff_cache.datasets.concepts import PRESETS
 from mmdiff_cache.errors import ConfigError
 
 C = TypeVar("C", bound=Config)
@@ -97,8 +98,9 @@ def parse_numbers(option: str, text: str | None) -> list[float] | None:
 
 
 def parse_vocabularies(options: Sequence[str] | None) -> dict[str, list[str]] | None:
-    """`name=word,word` options into vocabularies; `none` alone means no vocabulary, no option the default
-    ones.
+    """`name=word,word` options, or names of presets, into vocabularies.
+
+    `none` alone means no vocabulary, no option the default ones.
     """
     if not options:
         return None
@@ -107,7 +109,9 @@ def parse_vocabularies(options: Sequence[str] | None) -> dict[str, list[str]] | 
     vocabularies: dict[str, list[str]] = {}
     for option in options:
         name, equals, words = option.partition("=")
-        if not equals or not name.strip():
-            raise ConfigError(f"--concepts needs NAME=WORD,WORD,... (or none), got {option!r}")
-        vocabularies[name.strip()] = parse_list(words) or []
+        if not name.strip() or not (equals or name in PRESETS):
+            raise ConfigError(
+                f"--concepts needs NAME=WORD,WORD,..., one of {', '.join(PRESETS)}, or none; got {option!r}"
+            )
+        vocabularies[name.strip()] = parse_list(words) or [] if equals else list(PRESETS[name])
     return vocabularies

@@ -68,7 +68,10 @@ def extract(
     timesteps: Timesteps = None,
     concepts: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME=WORD,...", help="A concept vocabulary; may be repeated; 'none' for none."),
+        typer.Option(
+            metavar="NAME[=WORD,...]",
+            help="A vocabulary or preset; may be repeated; 'none' for none.",
+        ),
     ] = None,
     discriminative: Annotated[
         str | None, typer.Option(metavar="NAME,NAME", help="Encoders beside it: dinov3-vitb16, or folders.")

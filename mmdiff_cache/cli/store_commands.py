@@ -65,7 +65,7 @@ def convert(
     ] = None,
     limit: Limit = None,
     codec: Annotated[
-        str | None, typer.Option(help=f"One of {', '.join(get_args(Codec))}; int8 is lossy, about 1 %.")
+        str | None, typer.Option(help=f"One of {', '.join(get_args(Codec))}; int8 is lossy, about 0.5 %.")
     ] = None,
     dry_run: DryRun = False,
 ) -> None:

@@ -27,6 +27,10 @@ class Dataset(ABC):
         Raises ConfigError for an unknown split, DataError for a tree that cannot be used.
         """
 
+    def sample_without_prompt(self, kind: str) -> str | None:
+        """The first sample without a prompt of an announced kind; None where all have one."""
+        return None
+
     @abstractmethod
     def load(self, split: str, index: int) -> Sample:
         """Read one sample. Raises DataError naming the file when the picture or a label cannot be used."""

@@ -37,6 +37,9 @@ class ImageFolder(Dataset):
             )
         return self._ids
 
+    def sample_without_prompt(self, kind: str) -> str | None:
+        return self._ids[0]
+
     def load(self, split: str, index: int) -> Sample:
         sample_id = self.sample_ids(split)[index]
         return Sample(sample_id=sample_id, image=read_picture(self._files[sample_id]))

@@ -58,6 +58,10 @@ class ListedImages(Dataset):
             raise ConfigError(f"split {split!r} is not one of {', '.join(self._rows)}")
         return [row.sample_id for row in self._rows[split]]
 
+    def sample_without_prompt(self, kind: str) -> str | None:
+        rows = (row for rows in self._rows.values() for row in rows)
+        return next((row.sample_id for row in rows if row.prompt is None), None)
+
     def load(self, split: str, index: int) -> Sample:
         row = self._rows[split][index]
         return Sample(

@@ -6,19 +6,9 @@ A new one is a file beside this one, with a `Dataset` and its `open` function, a
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from mmdiff_cache.datasets import duts, images, listed, nyu_depth, scenes, voc
+from mmdiff_cache.datasets import concepts, duts, images, listed, nyu_depth, scenes, voc
 from mmdiff_cache.datasets.base import Dataset
 from mmdiff_cache.errors import ConfigError
-
-SEGMENTATION_CONCEPTS = ("object", "background", "detail", "edges")
-SALIENCY_CONCEPTS = ("background", "object", "edges", "salient", "contour")
-DEPTH_CONCEPTS = ("depth", "surface", "object", "near", "far")
-# The best rows of the paper's comparison of concept sets. Paper: App. E, Tab. 11-13.
-CONCEPTS: Mapping[str, tuple[str, ...]] = {
-    "segmentation": SEGMENTATION_CONCEPTS,
-    "saliency": SALIENCY_CONCEPTS,
-    "depth": DEPTH_CONCEPTS,
-}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,7 +45,7 @@ DATASETS: Mapping[str, DatasetEntry] = {
             open=scenes.open_scenes,
             splits=scenes.SIZES,
             backbone="flux-scenes",
-            concepts=CONCEPTS,
+            concepts=concepts.DEFAULT,
             needs_root=False,
             prompt_kinds=("scene", "oracle"),
         ),
@@ -65,7 +55,7 @@ DATASETS: Mapping[str, DatasetEntry] = {
             open=voc.open_voc,
             splits=voc.SIZES,
             backbone="flux-dev",
-            concepts=CONCEPTS,
+            concepts=concepts.DEFAULT,
             needs_root=True,
         ),
         DatasetEntry(
@@ -74,7 +64,7 @@ DATASETS: Mapping[str, DatasetEntry] = {
             open=duts.open_duts,
             splits=duts.SIZES,
             backbone="flux-dev",
-            concepts=CONCEPTS,
+            concepts=concepts.DEFAULT,
             needs_root=True,
         ),
         DatasetEntry(
@@ -83,7 +73,7 @@ DATASETS: Mapping[str, DatasetEntry] = {
             open=nyu_depth.open_bts,
             splits=nyu_depth.BTS_SIZES,
             backbone="flux-dev",
-            concepts=CONCEPTS,
+            concepts=concepts.DEFAULT,
             needs_root=True,
         ),
         DatasetEntry(
@@ -92,7 +82,7 @@ DATASETS: Mapping[str, DatasetEntry] = {
             open=nyu_depth.open_official,
             splits=nyu_depth.OFFICIAL_SIZES,
             backbone="flux-dev",
-            concepts=CONCEPTS,
+            concepts=concepts.DEFAULT,
             needs_root=True,
         ),
         DatasetEntry(
@@ -101,7 +91,7 @@ DATASETS: Mapping[str, DatasetEntry] = {
             open=nyu_depth.open_by_scene,
             splits=nyu_depth.OUR_SIZES,
             backbone="flux-dev",
-            concepts=CONCEPTS,
+            concepts=concepts.DEFAULT,
             needs_root=True,
         ),
         DatasetEntry(
@@ -112,7 +102,7 @@ DATASETS: Mapping[str, DatasetEntry] = {
             find_splits=images.find_splits,
             prompt_kinds=(listed.PROMPT,),
             backbone="flux-dev",
-            concepts=CONCEPTS,
+            concepts=concepts.DEFAULT,
             needs_root=True,
         ),
     )

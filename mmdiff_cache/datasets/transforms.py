@@ -7,8 +7,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from mmdiff_cache.config import Fit
 from mmdiff_cache.errors import DataError
-from mmdiff_cache.fitting import PAD, Fit, to_network
+from mmdiff_cache.fitting import PAD, to_network
 from mmdiff_cache.records import LabelSpec, PreparedSample, Sample
 
 

@@ -12,13 +12,13 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.embeddings import apply_rotary_emb
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from mmdiff_cache.backbones.base import BlockSlot
 from mmdiff_cache.errors import BackboneError
+from mmdiff_cache.extraction.attention import Rotary, head_size, rotated, split_heads
 from mmdiff_cache.extraction.taps import BlockCall, observing
 
 
@@ -88,10 +88,10 @@ def update_concepts(
         else parts.norm1_context(concepts, emb=modulation)
     )
     # Concepts stand at position zero like text, where the rotary embedding is the identity.
-    size = _head_size(parts.attn)
-    queries = _heads(parts.attn.norm_added_q, parts.attn.add_q_proj(normed), size)
-    keys = _heads(parts.attn.norm_added_k, parts.attn.add_k_proj(normed), size)
-    values = _heads(None, parts.attn.add_v_proj(normed), size)
+    size = head_size(parts.attn)
+    queries = split_heads(parts.attn.norm_added_q, parts.attn.add_q_proj(normed), size)
+    keys = split_heads(parts.attn.norm_added_k, parts.attn.add_k_proj(normed), size)
+    values = split_heads(None, parts.attn.add_v_proj(normed), size)
     attended = F.scaled_dot_product_attention(
         queries, torch.cat((keys, image.keys), dim=2), torch.cat((values, image.values), dim=2)
     )
@@ -134,17 +134,14 @@ class _AttentionRecorder:
                 handle.remove()
             self._seen.clear()
 
-    def take(self, rotary: tuple[Tensor, Tensor] | None) -> ImageAttention:
+    def take(self, rotary: Rotary | None) -> ImageAttention:
         """What the last call computed; `rotary` are the angles of all tokens, image tokens last, if any."""
         attn, seen = cast(Any, self._block).attn, self._seen
-        image_tokens, size = seen["outputs"].shape[1], _head_size(attn)
-        keys = _heads(attn.norm_k, seen["keys"], size)
-        if rotary is not None:
-            angles = tuple(part[-image_tokens:] for part in rotary)
-            keys = cast(Tensor, cast(Any, apply_rotary_emb)(keys, angles))
+        image_tokens, size = seen["outputs"].shape[1], head_size(attn)
+        keys = split_heads(attn.norm_k, seen["keys"], size)
         image = ImageAttention(
-            keys=keys,
-            values=_heads(None, seen["values"], size),
+            keys=rotated(keys, rotary, slice(-image_tokens, None)),
+            values=split_heads(None, seen["values"], size),
             outputs=seen["outputs"],
         )
         seen.clear()
@@ -161,14 +158,3 @@ class _AttentionRecorder:
             self._seen[what] = inputs[0]
 
         return keep
-
-
-def _head_size(attn: Any) -> int:
-    return int(attn.head_dim if hasattr(attn, "head_dim") else attn.inner_dim // attn.heads)
-
-
-def _heads(
-    norm: nn.Module | None, projected: Float[Tensor, "B S C"], size: int
-) -> Float[Tensor, "B heads S head_size"]:
-    split = rearrange(projected, "B S (heads head_size) -> B S heads head_size", head_size=size)
-    return rearrange(split if norm is None else norm(split), "B S heads head_size -> B heads S head_size")

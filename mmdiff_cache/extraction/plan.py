@@ -136,6 +136,8 @@ def plan(config: ExtractConfig, samples: Mapping[str, Sequence[str]] | None = No
     chosen = {split: tuple(ids[split][n] for n in where) for split, where in positions.items()}
     for names in chosen.values():
         prompts.check(names)
+    if prompts.kind in entry.prompt_kinds and (bare := dataset.sample_without_prompt(prompts.kind)):
+        raise DataError(f"{bare} has no prompt, and --prompts {prompts.kind} needs one for every sample")
     schema = _schema(config, info, dataset)
     counts = [len(names) for names in chosen.values()]
     ratio = known_ratio(config)

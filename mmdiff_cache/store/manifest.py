@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from mmdiff_cache.config import Fit
 from mmdiff_cache.errors import ConfigError, DamageError, StoreError
-from mmdiff_cache.fitting import Fit
 
 from .records import Partition, canonical, is_text, partitions, seal, unseal
 from .schema import FORMAT_VERSION, Discriminative, StoreSchema, Vocabulary, check_name

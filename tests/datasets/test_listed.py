@@ -69,6 +69,9 @@ def test_plan_takes_the_lists_splits(root: Path, tiny_flux_folder: Path) -> None
     config = ExtractConfig(
         dataset="images", data_root=str(root), backbone=str(tiny_flux_folder), prompts="listed"
     )
+    with pytest.raises(DataError, match=r"one\.png has no prompt, and --prompts listed needs one"):
+        plan(config)
+    write(root, [{**row, "prompt": row["prompt"] or "d"} for row in ROWS])
     planned = plan(config)
     assert {split: list(ids) for split, ids in planned.samples.items()} == {
         "train": ["b/two.png", "a.png"],

@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mmdiff_cache.config import Fit
 from mmdiff_cache.datasets.transforms import prepare, resize_nearest, resize_picture
 from mmdiff_cache.errors import DataError
-from mmdiff_cache.fitting import PAD, Fit, asked_size, from_network, to_network
+from mmdiff_cache.fitting import PAD, asked_size, from_network, to_network
 from mmdiff_cache.records import LabelSpec, Sample
 
 SPECS = (

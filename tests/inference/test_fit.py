@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mmdiff_cache.config import ExtractConfig, TrainConfig
+from mmdiff_cache.config import ExtractConfig, Fit, TrainConfig
 from mmdiff_cache.extraction.run import extract
-from mmdiff_cache.fitting import Fit
 from mmdiff_cache.inference.predict import predict
 from mmdiff_cache.training.evaluate import evaluate
 from mmdiff_cache.training.run import train

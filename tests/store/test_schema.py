@@ -1,6 +1,7 @@
 """Schema, partitions and cost formulas, without a disk."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
