@@ -119,7 +119,7 @@ def extract(
         if client is not None and client.dashboard_link:
             say(f"{'dashboard':<10} {client.dashboard_link}")
         with progress_bar("extract") as advance:
-            alone = 0 if client is None else None
+            alone = 0 if client is None else None  # where it runs is decided by now
             written = mm.extract(plan, progress=advance, append=append, workers=alone, client=client)
     say(f"\n{written}")
     labels = written[written.splits[0]].label_specs

@@ -4,6 +4,7 @@ Scheduler, workers and dashboard of an own cluster listen on the loopback interf
 dask scheduler can run any code.
 """
 
+import logging
 import tempfile
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,6 +24,8 @@ PARTITIONS_A_WORKER = 2
 """While one partition is committed, the next one computes."""
 START_SECONDS = 300.0
 """How long workers may take to appear."""
+SURVEYS = 3
+"""How often workers are asked, when some die or leave while they are."""
 SETTINGS: Mapping[str, Any] = {
     "distributed.scheduler.allowed-failures": 1,  # each try loads the model anew
     "distributed.scheduler.worker-saturation": 1.0,
@@ -56,7 +59,13 @@ def own_cluster(workers: int, gpus: Sequence[str]) -> Generator[Client]:
 def _worker(gpu: str | None) -> dict[str, Any]:
     """A process that is started again when it dies. Its memory is not limited: a model may fill it."""
     environment = {} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}
-    options = {"nthreads": PARTITIONS_A_WORKER, "memory_limit": 0, "host": LOOPBACK, "env": environment}
+    options = {
+        "nthreads": PARTITIONS_A_WORKER,
+        "memory_limit": 0,
+        "host": LOOPBACK,
+        "env": environment,
+        "silence_logs": logging.WARNING,
+    }
     return {"cls": Nanny, "options": options}
 
 
@@ -89,8 +98,7 @@ def survey(client: Client, device: str) -> dict[str, Place]:
     """
     if client.asynchronous:
         raise ClusterRefused("the client is asynchronous; give one made with asynchronous=False")
-    _wait_for(client, 1)
-    answers = cast(dict[str, Any], client.run(place, device, on_error="return"))
+    answers = _ask(client, device)
     used: dict[tuple[str, str], str] = {}
     for address, answer in answers.items():
         if not isinstance(answer, Place):
@@ -103,6 +111,17 @@ def survey(client: Client, device: str) -> dict[str, Place]:
                     f"workers {other} and {address} share a GPU of {answer.host}; start one worker a GPU, "
                     "each with its own CUDA_VISIBLE_DEVICES"
                 )
+    return answers
+
+
+def _ask(client: Client, device: str) -> dict[str, Any]:
+    """The answer of every worker, or what it failed with; one that dies meanwhile is not counted."""
+    answers: dict[str, Any] = {}
+    for _ in range(SURVEYS):
+        _wait_for(client, 1)
+        answers = cast(dict[str, Any], client.run(place, device, on_error="return"))
+        if not any(isinstance(answer, OSError) for answer in answers.values()):
+            break
     return answers
 
 

@@ -5,11 +5,11 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Collection, Generator, Sequence
 from concurrent.futures import CancelledError
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import distributed
 from distributed import Client, Future, KilledWorker
@@ -18,6 +18,7 @@ from mmdiff_cache.errors import ClusterError, ClusterRefused, ExtractionError
 from mmdiff_cache.extraction.cluster import PARTITIONS_A_WORKER
 from mmdiff_cache.extraction.dispatch import (
     GLANCE_SECONDS,
+    HOPELESS,
     Died,
     Finished,
     Outcome,
@@ -54,21 +55,27 @@ class DaskCrew:
     def __init__(self, client: Client, job: Job) -> None:
         self._client, self._job = client, job
         self._run = secrets.token_hex(4)
-        self._under_way: dict[Future, Task] = {}
+        self._under_way: dict[Future[Any], Task] = {}
         self._last_seen = time.monotonic()
-        self.workers = 0
+        self._present: set[str] = set()
+        self.size()
 
     def size(self) -> int:
         try:
             threads = cast(dict[str, int], self._client.nthreads())
         except (OSError, RuntimeError) as error:
             raise ClusterError(f"the scheduler does not answer any more: {error}; {LOST}") from error
-        self.workers = len(threads)
         if threads:
             self._last_seen = time.monotonic()
         elif time.monotonic() - self._last_seen > LONELY_SECONDS:
             raise ClusterError(f"the cluster has had no worker for {LONELY_SECONDS:.0f} s; {LOST}")
+        self._present = set(threads)
         return sum(min(count, PARTITIONS_A_WORKER) for count in threads.values())
+
+    @property
+    def workers(self) -> int:
+        """How many there were when last looked at."""
+        return len(self._present)
 
     def submit(self, task: Task) -> None:
         key = f"mmdiff-{self._run}-{task.partition.name}-{task.attempt}"
@@ -78,11 +85,7 @@ class DaskCrew:
         self._under_way[future] = task
 
     def wait(self, seconds: float) -> list[tuple[Task, Outcome]]:
-        if not self._under_way:
-            time.sleep(seconds)
-        else:
-            with suppress(TimeoutError, CancelledError):
-                distributed.wait(list(self._under_way), timeout=seconds, return_when="FIRST_COMPLETED")
+        _wait_for_first(self._under_way, seconds)
         ended: list[tuple[Task, Outcome]] = []
         for future in [future for future in self._under_way if future.done()]:
             with suppress(TimeoutError):  # its worker died with the answer: dask asks another one
@@ -99,33 +102,38 @@ class DaskCrew:
     def prepare(self) -> None:
         """Have every worker make its plan and load its model now, to hear of a trouble before the work.
 
-        Raises what a worker raises, and ClusterRefused when one dies of it.
+        Raises ClusterRefused when one cannot, or when workers die of it again and again.
         """
-        futures = {
-            self._client.submit(
-                prepare, self._job, workers=[address], key=f"mmdiff-{self._run}-at-{address}"
-            ): address
-            for address in self._addresses()
-        }
-        while futures:
-            with suppress(TimeoutError, CancelledError):
-                distributed.wait(list(futures), timeout=GLANCE_SECONDS, return_when="FIRST_COMPLETED")
+        futures: dict[str, Future[Any]] = {}
+        ready: set[str] = set()
+        deaths = 0
+        while not ready or not self._addresses() <= ready:
             present = self._addresses()
-            for future in list(futures):
-                if future.done():
-                    address = futures.pop(future)
-                    _raise_trouble(future, address)
-                    future.release()
-                elif futures[future] not in present:
-                    raise ClusterRefused(
-                        f"worker {futures[future]} died while it loaded the backbone; has it enough memory?"
-                    )
+            for address in present - futures.keys() - ready:
+                key = f"mmdiff-{self._run}-at-{address}"
+                futures[address] = self._client.submit(prepare, self._job, workers=[address], key=key)
+            for address in [address for address in futures if address not in present]:
+                futures.pop(address).cancel()
+                deaths += 1
+                logger.warning(
+                    "worker %s died while it got ready; one that takes its place is asked", address
+                )
+            if deaths >= HOPELESS:
+                raise ClusterRefused(
+                    f"{deaths} workers died while they loaded the backbone; have they enough memory?"
+                )
+            _wait_for_first(futures.values())
+            for address in [address for address in futures if futures[address].done()]:
+                if _is_ready(futures[address], address):
+                    futures.pop(address).release()
+                    ready.add(address)
 
-    def _addresses(self) -> list[str]:
-        return list(cast(dict[str, int], self._client.nthreads()))
+    def _addresses(self) -> set[str]:
+        self.size()
+        return self._present
 
 
-def _outcome(future: Future) -> Outcome:
+def _outcome(future: Future[Any]) -> Outcome:
     try:
         return cast(Outcome, future.result(timeout=ANSWER_SECONDS))
     except KilledWorker:
@@ -138,13 +146,28 @@ def _outcome(future: Future) -> Outcome:
         return Troubled(reason=f"{type(error).__name__}: {error}", error=None, may_pass=True)
 
 
-def _raise_trouble(future: Future, address: str) -> None:
+def _wait_for_first(futures: Collection[Future[Any]], seconds: float = GLANCE_SECONDS) -> None:
+    """Until one of them is done, or some seconds have passed."""
+    if not futures:
+        return time.sleep(seconds)
+    with suppress(TimeoutError, CancelledError):
+        distributed.wait(list(futures), timeout=seconds, return_when="FIRST_COMPLETED")
+    return None
+
+
+def _is_ready(future: Future[Any], address: str) -> bool:
+    """Whether a worker got ready; False where it died of it, which its absence will tell soon."""
     try:
         future.result(timeout=ANSWER_SECONDS)
-    except KilledWorker as error:
-        raise ClusterRefused(
-            f"worker {address} died while it loaded the backbone; has it enough memory?"
-        ) from error
+    except (KilledWorker, TimeoutError):
+        return False
+    except ClusterRefused:
+        raise
+    except CancelledError as error:
+        raise ClusterError(f"the scheduler was lost ({error}); {LOST}") from error
+    except Exception as error:
+        raise ClusterRefused(f"worker {address} cannot load the backbone: {error}") from error
+    return True
 
 
 def run_on_cluster(
@@ -164,7 +187,7 @@ def run_on_cluster(
     with _mark(writer.path) as mark, _worker_logs(client):
         crew = DaskCrew(client, _job(plan, writer, where, mark))
         report = _Report(plan, pending, crew, progress)
-        report.say(f"loading {plan.backbone.name} on {crew.size() and crew.workers} workers")
+        report.say(f"loading {plan.backbone.name} on {crew.workers} workers")
         crew.prepare()
         report.begin()
         tasks = [Task(partition=partition, again=partition in again) for partition in pending]
