@@ -4,6 +4,7 @@ Scheduler, workers and dashboard of an own cluster listen on the loopback interf
 dask scheduler can run any code.
 """
 
+import json
 import logging
 import tempfile
 from collections.abc import Generator, Mapping, Sequence
@@ -75,19 +76,24 @@ def joined_cluster(scheduler: str) -> Generator[Client]:
 
     Certificates for tls:// are those of dask's own configuration. Raises ClusterRefused when nothing answers.
     """
+    address = scheduler if "://" in scheduler else _read_address(Path(scheduler))
     try:
-        if "://" in scheduler:
-            client = Client(scheduler)
-        elif Path(scheduler).is_file():
-            client = Client(scheduler_file=scheduler)
-        else:
-            raise ClusterRefused(
-                f"{scheduler!r} is neither an address (tcp://HOST:PORT, tls://HOST:PORT) nor a scheduler file"
-            )
+        client = Client(address)
     except (OSError, ValueError, TypeError) as error:
-        raise ClusterRefused(f"no scheduler answers at {scheduler}: {error}; is it running?") from error
+        raise ClusterRefused(f"no scheduler answers at {address}: {error}; is it running?") from error
     with client:
         yield client
+
+
+def _read_address(file: Path) -> str:
+    """The address in a scheduler file, as `dask scheduler --scheduler-file` writes it."""
+    try:
+        return str(json.loads(file.read_text(encoding="utf-8"))["address"])
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ClusterRefused(
+            f"{str(file)!r} is neither an address (tcp://HOST:PORT, tls://HOST:PORT) nor a scheduler file: "
+            f"{error}"
+        ) from error
 
 
 def survey(client: Client, device: str) -> dict[str, Place]:

@@ -19,6 +19,7 @@ from mmdiff_cache.extraction.cluster import PARTITIONS_A_WORKER
 from mmdiff_cache.extraction.dispatch import (
     GLANCE_SECONDS,
     HOPELESS,
+    Crew,
     Died,
     Finished,
     Outcome,
@@ -46,7 +47,7 @@ NAMED = 5
 LOST = "run the same command again: finished partitions are kept"
 
 
-class DaskCrew:
+class DaskCrew(Crew):
     """Partitions go out as futures; a future is let go as soon as it is read.
 
     Else dask would compute finished partitions again when the worker that holds their answers dies.

@@ -9,12 +9,12 @@ import logging
 import signal
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import FrameType
-from typing import Protocol
 
 from mmdiff_cache.errors import ExtractionError, MMDiffError
 from mmdiff_cache.store.records import Partition
@@ -72,24 +72,24 @@ class Died:
 Outcome = Finished | Troubled | Died
 
 
-class Crew(Protocol):
+class Crew(ABC):
     """Workers, however they are reached."""
 
+    @abstractmethod
     def size(self) -> int:
         """How many partitions they take at once, at present. Raises ClusterError when they are lost."""
-        ...
 
+    @abstractmethod
     def submit(self, task: Task) -> None:
         """Begin a task."""
-        ...
 
+    @abstractmethod
     def wait(self, seconds: float) -> list[tuple[Task, Outcome]]:
         """What has ended, after some seconds at the latest. Raises ClusterError when the crew is lost."""
-        ...
 
+    @abstractmethod
     def abandon(self) -> None:
         """Give up all tasks under way."""
-        ...
 
 
 class Board:

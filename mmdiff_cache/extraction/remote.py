@@ -137,6 +137,7 @@ def _ignore(samples: int) -> None:
 
 def _prepared(job: Job) -> _Ready:
     global _ready
+    _set_threads(job)
     with _preparing:
         if _ready is None or _ready.job != job:
             _ready = None  # so that two models are never in memory at once
@@ -146,7 +147,6 @@ def _prepared(job: Job) -> _Ready:
 
 def _get_ready(job: Job) -> _Ready:
     logging.getLogger("mmdiff_cache").setLevel(logging.INFO)  # for the driver's log
-    _set_threads(job)
     check_surroundings(job.where, surroundings(choose_device(job.config.device).type), me())
     manifest = _read_store(job)
     samples = {split: manifest.splits[split][:count] for split, count in job.counts.items()}
@@ -162,7 +162,10 @@ def _get_ready(job: Job) -> _Ready:
 
 
 def _set_threads(job: Job) -> None:
-    """As many as in the driver: a sum of floating-point numbers depends on how it is divided."""
+    """As many as in the driver: a sum of floating-point numbers depends on how it is divided.
+
+    torch keeps the number by calling thread, so each task sets it.
+    """
     if job.where.threads is not None:
         torch.set_num_threads(job.where.threads)
 

@@ -6,12 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmdiff_cache.errors import ClusterError, ExtractionError, StorageError
 from mmdiff_cache.extraction import dispatch as module
-from mmdiff_cache.extraction.dispatch import Died, Finished, Outcome, Task, Troubled, dispatch
+from mmdiff_cache.extraction.dispatch import Crew, Died, Finished, Outcome, Task, Troubled, dispatch
 from mmdiff_cache.store.records import partitions
 
 DONE = Finished(samples=2, failed=(), size=10)
@@ -20,7 +20,7 @@ FULL = Troubled(reason="full", error=StorageError("no space left"), may_pass=Fal
 
 
 @dataclass
-class Crew:
+class Scripted(Crew):
     """Ends its oldest task at each wait; one that dies takes all others with it, as threads of a process."""
 
     places: int
@@ -65,6 +65,7 @@ def finished(crew: Crew) -> set[int]:
     return {task.partition.index for task in crew.begun}
 
 
+@settings(deadline=None)
 @given(st.integers(4, 12), st.sets(st.integers(0, 11), max_size=2), st.integers(1, 5))
 def test_exactly_the_poison_fails_whatever_died_beside_it(count: int, poison: set[int], places: int) -> None:
     """The first partitions are sound, so that the run is not given up as hopeless."""
@@ -76,7 +77,7 @@ def test_exactly_the_poison_fails_whatever_died_beside_it(count: int, poison: se
             assert task.partition.index not in done, "no partition is extracted twice"
             done.add(task.partition.index)
 
-    crew = Crew(places, lambda task: Died() if task.partition.index in poison else DONE)
+    crew = Scripted(places, lambda task: Died() if task.partition.index in poison else DONE)
     failed = run(crew, count, settled)
     assert sorted(failed) == [f"val-{index:06d}" for index in sorted(poison)]
     assert done == set(range(count)) - poison
@@ -85,7 +86,7 @@ def test_exactly_the_poison_fails_whatever_died_beside_it(count: int, poison: se
 
 
 def test_suspects_run_alone_and_after_all_others() -> None:
-    crew = Crew(3, lambda task: Died() if task.partition.index == 1 else DONE)
+    crew = Scripted(3, lambda task: Died() if task.partition.index == 1 else DONE)
     assert list(run(crew, 6)) == ["val-000001"]
     alone = [task.partition.index for task in crew.begun if task.alone]
     assert [task.alone for task in crew.begun] == sorted(task.alone for task in crew.begun)
@@ -94,20 +95,20 @@ def test_suspects_run_alone_and_after_all_others() -> None:
 
 
 def test_a_trouble_that_passes_is_tried_again_and_costs_nothing() -> None:
-    crew = Crew(2, lambda task: PASSING if task.partition.index == 1 and task.attempt < 2 else DONE)
+    crew = Scripted(2, lambda task: PASSING if task.partition.index == 1 and task.attempt < 2 else DONE)
     assert run(crew, 4) == {}
     assert [task.attempt for task in crew.begun if task.partition.index == 1] == [0, 1, 2]
 
 
 def test_a_trouble_that_stays_fails_its_partition_alone() -> None:
-    crew = Crew(2, lambda task: PASSING if task.partition.index == 1 else DONE)
+    crew = Scripted(2, lambda task: PASSING if task.partition.index == 1 else DONE)
     assert run(crew, 4) == {"val-000001": "stale file handle"}
     assert len(crew.begun) == 4 + module.RETRIES
 
 
 def test_a_full_disk_begins_nothing_more_and_lets_the_others_end() -> None:
     ended: list[int] = []
-    crew = Crew(3, lambda task: FULL if task.partition.index == 0 else DONE)
+    crew = Scripted(3, lambda task: FULL if task.partition.index == 0 else DONE)
     with pytest.raises(StorageError, match="no space left"):
         run(crew, 9, lambda task, outcome: ended.append(task.partition.index))
     assert finished(crew) == {0, 1, 2}
@@ -116,7 +117,7 @@ def test_a_full_disk_begins_nothing_more_and_lets_the_others_end() -> None:
 
 
 def test_a_run_that_only_fails_is_given_up() -> None:
-    crew = Crew(1, lambda task: Died())
+    crew = Scripted(1, lambda task: Died())
     with pytest.raises(ExtractionError, match="the first 3 partitions all failed"):
         run(crew, 50)
 
@@ -130,7 +131,7 @@ def test_ctrl_c_ends_what_is_under_way_and_a_second_one_cuts_it(presses: int) ->
         if len(ended) <= presses:
             os.kill(os.getpid(), signal.SIGINT)
 
-    before, crew = signal.getsignal(signal.SIGINT), Crew(3, lambda task: DONE)
+    before, crew = signal.getsignal(signal.SIGINT), Scripted(3, lambda task: DONE)
     with pytest.raises(KeyboardInterrupt):
         run(crew, 9, settled)
     assert finished(crew) == {0, 1, 2}
@@ -141,7 +142,7 @@ def test_ctrl_c_ends_what_is_under_way_and_a_second_one_cuts_it(presses: int) ->
 
 def test_what_takes_too_long_to_end_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "DRAIN_SECONDS", 0.0)
-    crew = Crew(3, lambda task: FULL)
+    crew = Scripted(3, lambda task: FULL)
     with pytest.raises(StorageError):
         run(crew, 9)
     assert crew.abandoned == 1
@@ -152,11 +153,11 @@ def test_a_lost_crew_ends_the_run() -> None:
         raise ClusterError("the scheduler was lost")
 
     with pytest.raises(ClusterError):
-        run(Crew(2, script), 4)
+        run(Scripted(2, script), 4)
 
 
 def test_an_empty_crew_is_waited_for() -> None:
-    crew = Crew(0, lambda task: DONE)
+    crew = Scripted(0, lambda task: DONE)
     sizes = iter([0, 0, 2, 2, 2, 2])
     crew.size = lambda: next(sizes)  # type: ignore[method-assign]
     assert run(crew, 2) == {}
