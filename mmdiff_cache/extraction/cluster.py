@@ -32,6 +32,8 @@ SETTINGS: Mapping[str, Any] = {
     "distributed.scheduler.worker-saturation": 1.0,
     "distributed.scheduler.worker-ttl": "30m",  # a model that loads may hold the interpreter for minutes
     "distributed.scheduler.work-stealing": False,
+    # else a worker that is away for 15 s, or a second time 15 s later, is given up: they take long to start
+    "distributed.deploy.lost-worker-timeout": "30 days",
     # dask would give its workers one thread; they have to round as this process does (remote.Job.where)
     "distributed.nanny.pre-spawn-environ.OMP_NUM_THREADS": None,
     "distributed.nanny.pre-spawn-environ.MKL_NUM_THREADS": None,
