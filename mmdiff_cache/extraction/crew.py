@@ -31,7 +31,7 @@ from mmdiff_cache.extraction.identity import Surroundings
 from mmdiff_cache.extraction.plan import ExtractionPlan
 from mmdiff_cache.extraction.remote import Job, digest, extract_partition, prepare
 from mmdiff_cache.records import Progress
-from mmdiff_cache.store.files import STAGING, write_durably
+from mmdiff_cache.store.files import STAGING, clear_staging, write_durably
 from mmdiff_cache.store.manifest import MANIFEST
 from mmdiff_cache.store.records import Partition
 from mmdiff_cache.store.writer import StoreWriter
@@ -193,6 +193,7 @@ def run_on_cluster(
         report.begin()
         tasks = [Task(partition=partition, again=partition in again) for partition in pending]
         failed = dispatch(tasks, crew, report.settled, report.say)
+        clear_staging(writer.path)  # of workers that died: nothing is under way any more
     if failed:
         names = [*list(failed)[:NAMED], *(["..."] if len(failed) > NAMED else [])]
         raise ExtractionError(
