@@ -101,8 +101,8 @@ def main() -> None:
 def run(arguments: Sequence[str]) -> int:
     """Run one command line and return its exit code.
 
-    0 done, 1 damage found, 2 a wrong request, 3 finished with failed samples, 4 the disk refuses, 130
-    interrupted.
+    0 done, 1 damage found, 2 a wrong request, 3 finished with failed samples or partitions, 4 the disk
+    refuses, 5 the cluster was lost, 130 interrupted.
     """
     try:
         code = app(args=list(arguments) or ["--help"], prog_name="mmdiff-cache", standalone_mode=False)

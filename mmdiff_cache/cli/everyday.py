@@ -94,11 +94,22 @@ def extract(
     append: Annotated[
         bool, typer.Option("--append", help="Add samples that the store was not planned with.")
     ] = False,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", min=0, help="Processes, one a GPU; 0: this one. All visible GPUs by default."
+        ),
+    ] = None,
+    scheduler: Annotated[
+        str | None,
+        typer.Option(metavar="ADDRESS|FILE", help="A running dask cluster to join; see docs/clusters.md."),
+    ] = None,
     dry_run: DryRun = False,
     force: Annotated[bool, typer.Option("--force", help="Start even if the disk seems too small.")] = False,
 ) -> None:
     """Stage one: run the backbone once over a data set and keep its features. Safe to stop and run again."""
     import mmdiff_cache as mm
+    from mmdiff_cache.extraction.placement import open_cluster
 
     flags = {
         "dataset": dataset,
@@ -125,8 +136,14 @@ def extract(
         say(str(with_timed_blocks(plan)))
         return
     say(str(plan))
-    with progress_bar("extract") as advance:
-        written = mm.extract(plan, progress=advance, append=append, force=force)
+    with open_cluster(plan.config, workers, scheduler) as client:
+        if client is not None and client.dashboard_link:
+            say(f"{'dashboard':<10} {client.dashboard_link}")
+        with progress_bar("extract") as advance:
+            alone = 0 if client is None else None  # where it runs is decided by now
+            written = mm.extract(
+                plan, progress=advance, append=append, force=force, workers=alone, client=client
+            )
     say(f"\n{written}")
     labels = written[written.splits[0]].label_specs
     if labels:

@@ -1,6 +1,7 @@
 """From pictures to features: noise them, run the backbone once, read the blocks, take stock of the values."""
 
 import math
+import threading
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -67,6 +68,8 @@ class Extractor:
         self.vocabularies = {name: tuple(words) for name, words in vocabularies.items()}
         self.variants = tuple(variants)
         self.encoders = tuple(encoders)
+        self.turn = threading.Lock()
+        """Held by the partition that computes, where several are in one process: taps follow one pass."""
         self._noise = noise
         self._guidance = guidance
         self._concepts = {name: backbone.embed_concepts(words) for name, words in self.vocabularies.items()}

@@ -1,7 +1,8 @@
 """What a run says of itself in the manifest: what must be equal, and what is for information."""
 
 import os
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from typing import Any
 
@@ -22,8 +23,32 @@ NOT_STORED = ("store", "device")
 """Fields of the configuration that say where a run takes place, not what it makes."""
 
 
-def build_manifest(plan: ExtractionPlan) -> Manifest:
-    """The manifest of a planned run.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Surroundings:
+    """What of a process decides features by rounding. Equal ones give equal bits."""
+
+    versions: Mapping[str, str]
+    """Of PACKAGES, by name."""
+    device: str
+    """`cpu`, or the name of the GPU."""
+    threads: int | None
+    """Of torch, on the CPU; None on a GPU."""
+    attention_backend: str
+
+
+def surroundings(device: str) -> Surroundings:
+    """Those of this process, for a device `cpu` or `cuda`."""
+    on_gpu = device == "cuda"
+    return Surroundings(
+        versions={name: version(name) for name in PACKAGES},
+        device=torch.cuda.get_device_name() if on_gpu else "cpu",
+        threads=None if on_gpu else torch.get_num_threads(),
+        attention_backend=os.environ.get("DIFFUSERS_ATTN_BACKEND", "native"),
+    )
+
+
+def build_manifest(plan: ExtractionPlan, where: Surroundings | None = None) -> Manifest:
+    """The manifest of a planned run, which takes place in this process or in those of `where`.
 
     Reads the weight files to hash them, and fetches what of them is on the hub and not here yet. Raises
     BackboneError when weights are missing.
@@ -45,7 +70,7 @@ def build_manifest(plan: ExtractionPlan) -> Manifest:
         },
         schema=_with_encoders(plan),
         splits=plan.samples,
-        provenance=_provenance(plan),
+        provenance=_provenance(plan, where or surroundings(plan.cost.device)),
         config={name: value for name, value in config.to_json().items() if name not in NOT_STORED},
     )
 
@@ -62,13 +87,5 @@ def _with_encoders(plan: ExtractionPlan) -> StoreSchema:
     )
 
 
-def _provenance(plan: ExtractionPlan) -> dict[str, Any]:
-    on_gpu = plan.cost.device == "cuda"
-    return {
-        "versions": {name: version(name) for name in PACKAGES},
-        "backbone": plan.backbone.name,
-        "device": torch.cuda.get_device_name() if on_gpu else "cpu",
-        "threads": None if on_gpu else torch.get_num_threads(),
-        "attention_backend": os.environ.get("DIFFUSERS_ATTN_BACKEND", "native"),
-        "batch_size": plan.config.batch_size,
-    }
+def _provenance(plan: ExtractionPlan, where: Surroundings) -> dict[str, Any]:
+    return {**asdict(where), "backbone": plan.backbone.name, "batch_size": plan.config.batch_size}

@@ -34,7 +34,8 @@ def run_partition(
 
     Batches are cut from the plan and each fills the whole batch size, so a sample's features do not depend on
     what else is left to do. While the model computes one batch, the next is read and the one before it is
-    compressed and staged, so two batches are in memory besides it. `advance` is told the samples of each
+    compressed and staged, so two batches are in memory besides it. Of two partitions in one process, one
+    computes while the other is committed. `advance` is told the samples of each
     batch once they are staged. A sample that cannot be read, or whose features are not finite, is
     recorded as failed.
     """
@@ -49,14 +50,15 @@ def run_partition(
         ThreadPoolExecutor(max_workers=1, thread_name_prefix="stage") as stager,
     ):
         ahead, behind = reader.submit(load, starts[0]), None
-        for start in starts:
-            batch = ahead.result()
-            if start + size < partition.stop:
-                ahead = reader.submit(load, start + size)
-            computed = _compute(plan, extractor, batch)
-            if behind is not None:
-                advance(behind.result())
-            behind = stager.submit(_stage, writer, start - partition.start, batch, computed)
+        with extractor.turn:
+            for start in starts:
+                batch = ahead.result()
+                if start + size < partition.stop:
+                    ahead = reader.submit(load, start + size)
+                computed = _compute(plan, extractor, batch)
+                if behind is not None:
+                    advance(behind.result())
+                behind = stager.submit(_stage, writer, start - partition.start, batch, computed)
         if behind is not None:
             advance(behind.result())
     return writer.commit()
