@@ -73,7 +73,11 @@ def extract(
     resolution: Annotated[int | None, typer.Option(help="Side of the network input in pixels.")] = None,
     batch_size: BatchSize = None,
     prompts: Annotated[
-        str | None, typer.Option(help="empty, scene, oracle, or a JSONL file of prompts.")
+        str | None, typer.Option(help="empty, scene, oracle, or a file of prompts (.jsonl, or .txt to draw).")
+    ] = None,
+    mode: Annotated[
+        str | None,
+        typer.Option(help="Where pictures are drawn, when to capture: renoise, trajectory or nearest."),
     ] = None,
     limit: Limit = None,
     config: ConfigFile = None,
@@ -100,7 +104,8 @@ def extract(
         "prompts": prompts,
         "limit": limit,
     }
-    plan = mm.plan(compose(ExtractConfig, "extract", config, flags, set_ or []))
+    chosen_mode = [] if mode is None else [f"generation.mode={mode}"]
+    plan = mm.plan(compose(ExtractConfig, "extract", config, flags, [*chosen_mode, *(set_ or [])]))
     say(str(plan))
     if dry_run:
         return

@@ -37,9 +37,24 @@ def estimate(config: ExtractConfig, info: BackboneInfo, *, samples: int) -> Cost
     blocks = 1 + max(info.blocks.index(layer) for layer in filled(config.layers))
     if config.concepts:
         blocks = max(blocks, len(info.double_blocks))
+    if config.generation is not None:
+        blocks = len(info.blocks)
     forward = forward_operations(info, filled(config.resolution), filled(config.text_length), blocks)
     device, speed = _device(config.device)
-    return Cost(operations=forward * len(filled(config.timesteps)) * samples, speed=speed, device=device)
+    return Cost(operations=forward * _passes(config) * samples, speed=speed, device=device)
+
+
+def _passes(config: ExtractConfig) -> int:
+    """Passes of the transformer a sample: its timesteps, and the steps in which it is drawn."""
+    timesteps, generation = len(filled(config.timesteps)), config.generation
+    if generation is None:
+        return timesteps
+    contrast = 2 if generation.contrasts else 1
+    return {
+        "renoise": filled(generation.steps) * contrast + timesteps,
+        "trajectory": (filled(generation.steps) + timesteps) * contrast,
+        "nearest": filled(generation.steps) * contrast,
+    }[generation.mode]
 
 
 def forward_operations(info: BackboneInfo, resolution: int, text_length: int, blocks: int) -> float:

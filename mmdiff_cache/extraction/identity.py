@@ -8,6 +8,7 @@ import torch
 
 from mmdiff_cache.backbones.weights import hash_weights, locate
 from mmdiff_cache.datasets.transforms import FIT
+from mmdiff_cache.extraction.drawing import generation_identity
 from mmdiff_cache.extraction.plan import ExtractionPlan
 from mmdiff_cache.store.manifest import Manifest
 from mmdiff_cache.store.quantise import stored_as
@@ -25,10 +26,14 @@ def build_manifest(plan: ExtractionPlan) -> Manifest:
     when weights are missing.
     """
     config = plan.config
+    folder = locate(plan.backbone, download=True)
+    drawn = (
+        {} if config.generation is None else {"generation": generation_identity(config.generation, folder)}
+    )
     return Manifest(
         identity={
             "pipeline": plan.backbone.architecture.pipeline,
-            "weights_sha256": hash_weights(locate(plan.backbone, download=True)),
+            "weights_sha256": hash_weights(folder),
             "dtype": config.dtype,
             "quantisation": "none",
             "resolution": config.resolution,
@@ -38,6 +43,7 @@ def build_manifest(plan: ExtractionPlan) -> Manifest:
             "guidance": config.guidance,
             "text_length": config.text_length,
             **stored_as(config.codec),
+            **drawn,
         },
         schema=plan.schema,
         splits=plan.samples,

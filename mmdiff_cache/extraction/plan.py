@@ -11,10 +11,12 @@ from mmdiff_cache.backbones.info import BackboneInfo
 from mmdiff_cache.backbones.registry import BACKBONES, describe
 from mmdiff_cache.config import ExtractConfig, data_folder, filled
 from mmdiff_cache.datasets.base import Dataset
-from mmdiff_cache.datasets.prompts import ORACLE, PromptRule, open_prompts
+from mmdiff_cache.datasets.prompt_list import PromptList
+from mmdiff_cache.datasets.prompts import EMPTY, ORACLE, PromptRule, open_prompts
 from mmdiff_cache.datasets.registry import DatasetEntry, find_dataset
 from mmdiff_cache.errors import ConfigError, DataError, StorageRefused
 from mmdiff_cache.extraction.cost import Cost, estimate
+from mmdiff_cache.extraction.drawing import describe_generation, resolve_generation
 from mmdiff_cache.store.manifest import MANIFEST, read_manifest
 from mmdiff_cache.store.records import record_path
 from mmdiff_cache.store.schema import (
@@ -91,16 +93,19 @@ def resolve(config: ExtractConfig) -> ExtractConfig:
     batch_size, partition_size = _batching(config, rows * columns)
     if config.guidance is not None and info.guidance is None:
         raise ConfigError(f"{info.name} takes no guidance scale; leave out --guidance {config.guidance:g}")
+    guidance = info.guidance if config.guidance is None else config.guidance
     return replace(
         config,
-        data_root=_absolute(config.data_root),
+        prompts=_absolute(config.prompts) if entry.drawn and config.prompts != EMPTY else config.prompts,
+        generation=resolve_generation(config, entry, info, guidance),
+        data_root=None if config.data_root is None else _absolute(config.data_root),
         splits=splits,
         backbone=name if name in BACKBONES else info.source,
         layers=config.layers or info.layers,
         timesteps=config.timesteps or info.timesteps,
         concepts=entry.concepts if config.concepts is None else config.concepts,
         resolution=resolution,
-        guidance=info.guidance if config.guidance is None else config.guidance,
+        guidance=guidance,
         text_length=config.text_length or info.text_length,
         dtype=config.dtype or info.dtype,
         batch_size=batch_size,
@@ -117,8 +122,10 @@ def plan(config: ExtractConfig, samples: Mapping[str, Sequence[str]] | None = No
     """
     config = resolve(config)
     entry, info = find_dataset(config.dataset), describe(filled(config.backbone))
-    dataset = entry.open(config.data_root, filled(config.resolution))
-    prompts = open_prompts(config.prompts, entry.prompt_kinds)
+    dataset = entry.open(config.prompts if entry.drawn else config.data_root, filled(config.resolution))
+    prompts = (
+        dataset.rule if isinstance(dataset, PromptList) else open_prompts(config.prompts, entry.prompt_kinds)
+    )
     positions = _positions(config, dataset, samples)
     ids = {split: dataset.sample_ids(split) for split in positions}
     chosen = {split: tuple(ids[split][n] for n in where) for split, where in positions.items()}
@@ -182,8 +189,8 @@ def show_bytes(count: float) -> str:
     return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.1f} {unit}"
 
 
-def _absolute(path: str | None) -> str | None:
-    return None if path is None else os.path.abspath(os.path.expanduser(path))
+def _absolute(path: str) -> str:
+    return os.path.abspath(os.path.expanduser(path))
 
 
 def _check_splits(splits: Iterable[str], entry: DatasetEntry) -> None:
@@ -263,6 +270,7 @@ def _schema(config: ExtractConfig, info: BackboneInfo, dataset: Dataset) -> Stor
         labels=tuple(LabelArray(spec=spec, canvas=dataset.canvas) for spec in dataset.label_specs),
         partition_size=filled(config.partition_size),
         codec=config.codec,
+        drawn=config.generation is not None,
     )
 
 
@@ -276,6 +284,8 @@ def _lines(plan: ExtractionPlan) -> Iterable[tuple[str, str]]:
         "prompts",
         f"{config.prompts}{' (names the objects: scores are an upper bound)' * (config.prompts == ORACLE)}",
     )
+    if config.generation is not None:
+        yield "drawing", describe_generation(config.generation)
     yield "backbone", f"{plan.backbone.name}, {config.dtype} on {plan.cost.device}"
     rows, columns = schema.grid
     yield "input", f"{config.resolution} px square = {rows} x {columns} tokens of {schema.channels} channels"

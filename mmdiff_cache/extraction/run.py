@@ -13,6 +13,7 @@ from mmdiff_cache.backbones.registry import load_backbone
 from mmdiff_cache.config import ExtractConfig, filled
 from mmdiff_cache.errors import BackboneError
 from mmdiff_cache.extraction.extractor import Extractor
+from mmdiff_cache.extraction.generation import Painter
 from mmdiff_cache.extraction.identity import build_manifest
 from mmdiff_cache.extraction.plan import ExtractionPlan, check_disk
 from mmdiff_cache.extraction.plan import plan as make_plan
@@ -67,8 +68,9 @@ def extract(
 def load_extractor(config: ExtractConfig, info: BackboneInfo) -> Extractor:
     """Load a backbone for a resolved configuration, set up to capture what is configured."""
     layers = filled(config.layers)
+    needed = layers if config.generation is None else None  # drawing takes all blocks
     backbone = load_backbone(
-        info, layers=layers, device=config.device, dtype=config.dtype, text_length=config.text_length
+        info, layers=needed, device=config.device, dtype=config.dtype, text_length=config.text_length
     )
     return Extractor(
         backbone,
@@ -80,10 +82,18 @@ def load_extractor(config: ExtractConfig, info: BackboneInfo) -> Extractor:
     )
 
 
+def load_worker(config: ExtractConfig, info: BackboneInfo) -> Extractor | Painter:
+    """What turns the samples of a resolved configuration into features."""
+    extractor = load_extractor(config, info)
+    if config.generation is None:
+        return extractor
+    return Painter(extractor, config.generation, resolution=filled(config.resolution))
+
+
 def _run(plan: ExtractionPlan, writer: StoreWriter, pending: list[Partition], progress: Progress) -> None:
     done = plan.total - sum(partition.size for partition in pending)
     progress(done, plan.total, f"loading {plan.backbone.name}")
-    extractor = load_extractor(plan.config, plan.backbone)
+    extractor = load_worker(plan.config, plan.backbone)
     _check_backbone(plan, extractor, writer)
     begun, first = time.monotonic(), done
 
@@ -102,7 +112,7 @@ def _run(plan: ExtractionPlan, writer: StoreWriter, pending: list[Partition], pr
         logger.info("partition %s is complete", partition.name)
 
 
-def _check_backbone(plan: ExtractionPlan, extractor: Extractor, writer: StoreWriter) -> None:
+def _check_backbone(plan: ExtractionPlan, extractor: Extractor | Painter, writer: StoreWriter) -> None:
     """Its files may have changed since they were hashed for the manifest."""
     for name, value in extractor.backbone.identity().items():
         if writer.manifest.identity[name] != value:

@@ -231,6 +231,7 @@ def _sample(reader: SplitReader, position: int) -> PreparedSample:
         labels={name: reader.labels(name, [position])[0] for name in names},
         original_labels={name: reader.original_label(name, position) for name in names},
         content_hash=reader.content_hash(position),
+        generation_seed=int(reader.generation_seeds([position])[0]) if reader.drawn else None,
     )
 
 
@@ -261,4 +262,5 @@ def _features(conversion: Conversion, reader: SplitReader, position: int) -> Fea
         concept_maps=maps,
         latents=reader.latents([position]),
         audit=reader.audit([position])[kept],
+        sigmas=reader.sigmas([position])[:, kept[2].ravel()] if reader.drawn else None,
     )
