@@ -152,7 +152,7 @@ def insert_sigmas(sampler: Sampler, wanted: Sequence[float]) -> None:
 
 
 def nearest_steps(sampler: Sampler, wanted: Sequence[float]) -> list[int]:
-    """The number of the step whose noise level is nearest to each wanted one; the earlier of two."""
+    """The number of the step whose noise level is nearest to each wanted one."""
     own: list[float] = sampler.sigmas[:-1].tolist()
     return [min(range(len(own)), key=lambda step: abs(own[step] - t)) for t in wanted]
 
