@@ -172,7 +172,7 @@ def load_pipeline(
     logger.info("loading %s from %s: %s, %s", info.name, folder, dtype, chosen)
     local = {"use_safetensors": True, "local_files_only": True}
     try:
-        with _quiet_loading():
+        with quiet_loading():
             transformer = transformer_class.from_pretrained(
                 folder, subfolder="transformer", torch_dtype=DTYPES[dtype], **options, **local
             )
@@ -203,7 +203,7 @@ def choose_device(device: str | torch.device) -> torch.device:
 
 
 @contextmanager
-def _quiet_loading() -> Generator[None]:
+def quiet_loading() -> Generator[None]:
     """Hide the loaders' progress bars, and their remarks on the blocks that are left out on purpose."""
     libraries = (diffusers_logging, transformers_logging)
     before = [(library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries]

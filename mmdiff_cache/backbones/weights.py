@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -89,10 +89,20 @@ def hash_weights(folder: Path) -> str:
         if file.is_file()
     ]
     configs = [f"{part}/config.json" for part in models_of(pipeline_of(folder))]
-    lines = [
-        f"{name} {_hash_file(folder / name)}\n" for name in (*configs, *weight_files(folder), *tokenizers)
-    ]
+    return hash_files(folder, [*configs, *weight_files(folder), *tokenizers])
+
+
+def hash_files(folder: Path, names: Iterable[str]) -> str:
+    """SHA-256 (hex) over the lines `<path> <SHA-256 of the file>`, in the order given."""
+    lines = [f"{name} {_hash_file(folder / name)}\n" for name in names]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def missing_weights(folder: Path) -> str | None:
+    """The first file that a model of transformers needs and this folder lacks; None when all are there."""
+    index = folder / "model.safetensors.index.json"
+    weights = _shards(index) if index.is_file() else ["model.safetensors"]
+    return next((name for name in ("config.json", *weights) if not (folder / name).is_file()), None)
 
 
 def _shards(index: Path) -> list[str]:
