@@ -94,6 +94,11 @@ def test_captions_are_those_of_plain_greedy_decoding(config: CaptionConfig, gemm
     assert meta["weights_sha256"] == hash_model(gemma)
 
 
+def test_the_documentation_gives_the_instruction() -> None:
+    page = Path(__file__).parents[2] / "docs" / "datasets.md"
+    assert INSTRUCTION in " ".join(page.read_text().replace("\n>", " ").split())
+
+
 def test_pictures_at_once_get_the_same_words(config: CaptionConfig, tmp_path: Path) -> None:
     caption(config)
     together = replace(config, out=str(tmp_path / "together.jsonl"), batch_size=2)

@@ -3,6 +3,9 @@
 import hashlib
 import json
 import shutil
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -92,6 +95,22 @@ def test_an_interrupted_run_ends_with_the_same_bytes(drawn: ExtractConfig, tmp_p
     with pytest.raises(KeyboardInterrupt):
         extract(config, interrupt)
     assert open_store(tmp_path / "interrupted").samples_done < len(LINES)
+    assert tree(extract(config).path) == whole
+
+
+@pytest.mark.slow
+def test_a_killed_run_ends_with_the_same_bytes(drawn: ExtractConfig, tmp_path: Path) -> None:
+    """Killed as soon as its first partition is recorded, while it draws the second."""
+    whole = tree(extract(drawn).path)
+    config = replace(drawn, store=str(tmp_path / "killed"))
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(config.to_json()))
+    command = [sys.executable, "-m", "mmdiff_cache", "extract", "--config", str(file)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+        while not (tmp_path / "killed" / "partitions" / "all-000000.json").exists():
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.kill()
     assert tree(extract(config).path) == whole
 
 
