@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
+import numpy as np
 import torch
 from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
 from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
@@ -44,6 +45,16 @@ class FluxBackbone(PipelineBackbone):
         return rearrange(
             velocity, "B (h w) (c dy dx) -> B c (h dy) (w dx)", h=height, w=width, dy=PATCH, dx=PATCH
         )
+
+    @property
+    def contrast_in_one_pass(self) -> bool:
+        return False
+
+    def sampler_time(self, sigma: Float[Tensor, ""]) -> Float[Tensor, ""]:
+        return (sigma * 1000).to(self.dtype) / 1000
+
+    def _schedule(self, steps: int) -> dict[str, Any]:
+        return {"sigmas": list(np.linspace(1.0, 1 / steps, steps))}
 
     @torch.inference_mode()
     def concept_modulation(self, t: Float[Tensor, " B"], guidance: float | None) -> Float[Tensor, "B C"]:

@@ -10,6 +10,8 @@ DTypeName = Literal["float32", "bfloat16"]
 
 PATCH = 2
 """Side of the square of latent pixels that one token packs; fixed in every FLUX.1 and SD3 pipeline."""
+STEPS = 28
+"""Default of both pipelines in diffusers."""
 TIMESTEPS = (0.78, 0.52, 0.26, 0.001)
 """Paper: Sec. 3.1."""
 PAPER_SINGLE_LAYERS, PAPER_SINGLE_BLOCKS = (4, 15, 26, 37), 38
@@ -60,6 +62,10 @@ class BackboneInfo:
     """D of stage two; smaller than C. Paper: Sec. 3.1."""
     dtype: DTypeName
     licence: str
+    steps: int = STEPS
+    """Steps in which a picture is drawn."""
+    true_cfg_scale: float = 1.0
+    """Strength of classifier-free guidance by a second pass of the model; 1 is without."""
 
     @property
     def channels(self) -> int:

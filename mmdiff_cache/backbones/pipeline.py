@@ -1,6 +1,7 @@
 """What FLUX and SD3 have in common as pipelines of diffusers: loading, the VAE, prompts, refusals."""
 
 import logging
+import math
 import warnings
 from abc import abstractmethod
 from collections.abc import Generator, Mapping, Sequence
@@ -10,7 +11,9 @@ from typing import Any, cast
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from diffusers.utils import logging as diffusers_logging
 from einops import rearrange
 from jaxtyping import Float, UInt8
@@ -18,7 +21,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
-from mmdiff_cache.backbones.base import Backbone, BlockSlot, PromptEmbeddings
+from mmdiff_cache.backbones.base import Backbone, BlockSlot, PromptEmbeddings, Sampler
 from mmdiff_cache.backbones.info import PATCH, BackboneInfo, DTypeName
 from mmdiff_cache.backbones.weights import hash_weights, models_of
 from mmdiff_cache.errors import BackboneError, ConfigError
@@ -81,6 +84,40 @@ class PipelineBackbone(Backbone):
         config = cast(Any, self._vae.config)
         return (posterior.mode() - (config.shift_factor or 0.0)) * config.scaling_factor
 
+    @torch.inference_mode()
+    def decode_latent(self, latent: Float[Tensor, "B c H_f W_f"]) -> UInt8[Tensor, "B H W 3"]:
+        config = cast(Any, self._vae.config)
+        scaled = latent.to(self.device, torch.float32) / config.scaling_factor + (config.shift_factor or 0.0)
+        with _full_precision_convolutions():
+            pixels = cast(Tensor, self._vae.decode(scaled, return_dict=False)[0])
+        levels = ((pixels * 0.5 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+        return rearrange(levels, "B rgb H W -> B H W rgb")
+
+    def sampler(self, steps: int, resolution: int) -> Sampler:
+        given: Any = self._pipeline.scheduler
+        if type(given) is not FlowMatchEulerDiscreteScheduler or cast(Any, given.config).stochastic_sampling:
+            raise BackboneError(
+                f"pictures are drawn with a FlowMatchEulerDiscreteScheduler without stochastic_sampling; "
+                f"{self.info.name} has a {type(given).__name__}, which is set in its scheduler_config.json"
+            )
+        scheduler: Any = FlowMatchEulerDiscreteScheduler.from_config(given.config)
+        config = scheduler.config
+        shift = cast(Any, calculate_shift)(
+            math.prod(self.info.token_grid(resolution)),
+            config.base_image_seq_len,
+            config.max_image_seq_len,
+            config.base_shift,
+            config.max_shift,
+        )
+        mu = {"mu": shift} if config.use_dynamic_shifting else {}
+        scheduler.set_timesteps(**self._schedule(steps), **mu, device=self.device)
+        scheduler.set_begin_index(0)
+        return cast(Sampler, scheduler)
+
+    @abstractmethod
+    def _schedule(self, steps: int) -> dict[str, Any]:
+        """What the pipeline hands to `set_timesteps`, beside the shift for the number of tokens."""
+
     def pack(self, latent: Float[Tensor, "B c H_f W_f"]) -> Float[Tensor, "B h w P"]:
         return rearrange(latent, "B c (h dy) (w dx) -> B h w (c dy dx)", dy=PATCH, dx=PATCH)
 
@@ -135,7 +172,7 @@ def load_pipeline(
     logger.info("loading %s from %s: %s, %s", info.name, folder, dtype, chosen)
     local = {"use_safetensors": True, "local_files_only": True}
     try:
-        with _quiet_loading():
+        with quiet_loading():
             transformer = transformer_class.from_pretrained(
                 folder, subfolder="transformer", torch_dtype=DTYPES[dtype], **options, **local
             )
@@ -166,7 +203,7 @@ def choose_device(device: str | torch.device) -> torch.device:
 
 
 @contextmanager
-def _quiet_loading() -> Generator[None]:
+def quiet_loading() -> Generator[None]:
     """Hide the loaders' progress bars, and their remarks on the blocks that are left out on purpose."""
     libraries = (diffusers_logging, transformers_logging)
     before = [(library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries]

@@ -12,6 +12,7 @@ from mmdiff_cache.backbones.info import (
     PAPER_SINGLE_BLOCKS,
     PAPER_SINGLE_LAYERS,
     PATCH,
+    STEPS,
     TIMESTEPS,
     Architecture,
     BackboneInfo,
@@ -38,6 +39,8 @@ MAX_TEXT_LENGTH = 512
 """The longest T5 prompt that FluxPipeline takes."""
 SD3_TEXT_LENGTH, SD3_CLIP_TOKENS = 256, 77
 """T5 and CLIP tokens of StableDiffusion3Pipeline."""
+SD3_CFG_SCALE = 7.0
+"""Default of StableDiffusion3Pipeline; the named models have that of their cards."""
 MAX_GRID = 32
 """Tokens a side by default: the paper's 1024 tokens."""
 SMALL_MODEL_BYTES = 1 << 30
@@ -60,6 +63,8 @@ class BackboneEntry:
     dtype: DTypeName
     licence: str
     architecture: Architecture | None = None
+    steps: int = STEPS
+    true_cfg_scale: float = 1.0
 
 
 BACKBONES: Mapping[str, BackboneEntry] = {
@@ -112,6 +117,7 @@ BACKBONES: Mapping[str, BackboneEntry] = {
             aggregator_width=768,
             dtype="bfloat16",
             licence="Apache-2.0",
+            steps=4,
             architecture=Architecture(
                 pipeline=FLUX,
                 double_blocks=19,
@@ -147,8 +153,13 @@ BACKBONES: Mapping[str, BackboneEntry] = {
                     guidance_embeds=False,
                     clip_tokens=SD3_CLIP_TOKENS,
                 ),
+                steps=steps,
+                true_cfg_scale=scale,
             )
-            for size, blocks, parameters in (("medium", 24, 2.5), ("large", 38, 8.1))
+            for size, blocks, parameters, steps, scale in (
+                ("medium", 24, 2.5, 40, 4.5),
+                ("large", 38, 8.1, 28, 3.5),
+            )
         ),
     )
 }
@@ -176,6 +187,8 @@ def describe(name_or_folder: str) -> BackboneInfo:
         aggregator_width=entry.aggregator_width,
         dtype=entry.dtype,
         licence=entry.licence,
+        steps=entry.steps,
+        true_cfg_scale=entry.true_cfg_scale,
     )
 
 
@@ -263,6 +276,7 @@ def _describe_folder(folder: Path) -> BackboneInfo:
         aggregator_width=default_width(architecture.channels),
         dtype="float32" if weight_bytes < SMALL_MODEL_BYTES else "bfloat16",
         licence="see the model's own card",
+        true_cfg_scale=SD3_CFG_SCALE if architecture.pipeline == SD3 else 1.0,
     )
 
 

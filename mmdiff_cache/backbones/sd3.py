@@ -5,7 +5,7 @@ tokens come first in its attention; the model is told the time as 0 to 1000, and
 """
 
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
@@ -40,6 +40,16 @@ class SD3Backbone(PipelineBackbone):
             pooled_projections=prompts.pooled,
             return_dict=False,
         )[0]
+
+    @property
+    def contrast_in_one_pass(self) -> bool:
+        return True
+
+    def sampler_time(self, sigma: Float[Tensor, ""]) -> Float[Tensor, ""]:
+        return sigma  # forward multiplies by 1000 just as the scheduler does
+
+    def _schedule(self, steps: int) -> dict[str, Any]:
+        return {"num_inference_steps": steps}
 
     @torch.inference_mode()
     def concept_modulation(self, t: Float[Tensor, " B"], guidance: float | None) -> Float[Tensor, "B C"]:

@@ -82,7 +82,11 @@ def extract(
     ] = None,
     batch_size: BatchSize = None,
     prompts: Annotated[
-        str | None, typer.Option(help="empty, scene, oracle, or a JSONL file of prompts.")
+        str | None, typer.Option(help="empty, scene, oracle, or a file of prompts (.jsonl, or .txt to draw).")
+    ] = None,
+    mode: Annotated[
+        str | None,
+        typer.Option(help="Where pictures are drawn, when to capture: renoise, trajectory or nearest."),
     ] = None,
     draws: Annotated[int | None, typer.Option(help="Noise draws of every sample.")] = None,
     flip: Annotated[
@@ -129,7 +133,8 @@ def extract(
         "flip": flip,
         "limit": limit,
     }
-    plan = mm.plan(compose(ExtractConfig, "extract", config, flags, set_ or []))
+    chosen_mode = [] if mode is None else [f"generation.mode={mode}"]
+    plan = mm.plan(compose(ExtractConfig, "extract", config, flags, [*chosen_mode, *(set_ or [])]))
     if dry_run:
         from mmdiff_cache.extraction.plan import with_timed_blocks
 

@@ -61,11 +61,14 @@ def open_prompts(rule: str, kinds: Sequence[str]) -> PromptRule:
         content = path.read_bytes()
     except OSError as error:
         raise DataError(f"prompts file {path} cannot be read: {error.strerror}") from error
-    digest = hashlib.sha256(content).hexdigest()
-    return PromptRule(kind=rule, identity=f"file sha256:{digest}", table=_parse(content, path))
+    table = parse_table(content, path)
+    if not table:
+        raise DataError(f'{path} holds no prompts; each line is {{"sample_id": ..., "prompt": ...}}')
+    return PromptRule(kind=rule, identity=f"file sha256:{hashlib.sha256(content).hexdigest()}", table=table)
 
 
-def _parse(content: bytes, path: Path) -> dict[str, str]:
+def parse_table(content: bytes, path: Path) -> dict[str, str]:
+    """The prompts of a JSONL file by sample id. Raises DataError, with the line, for what is none."""
     table: dict[str, str] = {}
     lines: dict[str, int] = {}
     for number, raw in enumerate(content.split(b"\n"), start=1):
@@ -77,8 +80,6 @@ def _parse(content: bytes, path: Path) -> dict[str, str]:
                 f"{path}, line {number}: sample {sample_id!r} already has a prompt (line {lines[sample_id]})"
             )
         table[sample_id], lines[sample_id] = prompt, number
-    if not table:
-        raise DataError(f'{path} holds no prompts; each line is {{"sample_id": ..., "prompt": ...}}')
     return table
 
 

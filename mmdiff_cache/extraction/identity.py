@@ -12,6 +12,7 @@ from mmdiff_cache.backbones.weights import hash_weights, locate
 from mmdiff_cache.encoders.registry import describe_encoder
 from mmdiff_cache.encoders.weights import hash_encoder
 from mmdiff_cache.encoders.weights import locate as locate_encoder
+from mmdiff_cache.extraction.drawing import generation_identity
 from mmdiff_cache.extraction.plan import ExtractionPlan
 from mmdiff_cache.store.manifest import Manifest
 from mmdiff_cache.store.quantise import stored_as
@@ -54,10 +55,14 @@ def build_manifest(plan: ExtractionPlan, where: Surroundings | None = None) -> M
     BackboneError when weights are missing.
     """
     config = plan.config
+    folder = locate(plan.backbone, download=True)
+    drawn = (
+        {} if config.generation is None else {"generation": generation_identity(config.generation, folder)}
+    )
     return Manifest(
         identity={
             "pipeline": plan.backbone.architecture.pipeline,
-            "weights_sha256": hash_weights(locate(plan.backbone, download=True)),
+            "weights_sha256": hash_weights(folder),
             "dtype": config.dtype,
             "quantisation": "none",
             "resolution": config.resolution,
@@ -67,6 +72,7 @@ def build_manifest(plan: ExtractionPlan, where: Surroundings | None = None) -> M
             "guidance": config.guidance,
             "text_length": config.text_length,
             **stored_as(config.codec),
+            **drawn,
         },
         schema=_with_encoders(plan),
         splits=plan.samples,

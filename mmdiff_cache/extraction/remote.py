@@ -25,10 +25,11 @@ from mmdiff_cache.config import ExtractConfig, filled
 from mmdiff_cache.errors import ClusterRefused, MMDiffError, StoreError
 from mmdiff_cache.extraction.dispatch import Finished, Outcome, Troubled
 from mmdiff_cache.extraction.extractor import Extractor
+from mmdiff_cache.extraction.generation import Painter
 from mmdiff_cache.extraction.identity import Surroundings, surroundings
 from mmdiff_cache.extraction.plan import ExtractionPlan
 from mmdiff_cache.extraction.plan import plan as make_plan
-from mmdiff_cache.extraction.run import check_backbone, load_extractor, memory_errors
+from mmdiff_cache.extraction.run import check_backbone, load_worker, memory_errors
 from mmdiff_cache.extraction.worker import run_partition
 from mmdiff_cache.store.manifest import MANIFEST, Manifest, read_manifest
 from mmdiff_cache.store.partition import PartitionWriter
@@ -75,12 +76,12 @@ class _Ready:
     job: Job
     plan: ExtractionPlan
     manifest: Manifest
-    extractor: Extractor
+    extractor: Extractor | Painter
 
 
 _preparing = threading.Lock()
 _ready: _Ready | None = None
-_loaded: tuple[tuple[Any, ...], Extractor] | None = None
+_loaded: tuple[tuple[Any, ...], Extractor | Painter] | None = None
 
 
 def place(device: str) -> Place:
@@ -214,14 +215,14 @@ def _read_store(job: Job) -> Manifest:
     return manifest
 
 
-def _extractor(plan: ExtractionPlan, manifest: Manifest) -> Extractor:
+def _extractor(plan: ExtractionPlan, manifest: Manifest) -> Extractor | Painter:
     """The model is kept for as long as runs ask for the same one; another takes its place in memory."""
     global _loaded
     nowhere = replace(plan.config, store=None, data_root=None, dataset="", splits=None, limit=None)
     key = (replace(nowhere, prompts="", batch_size=None, partition_size=None), manifest.identity)
     if _loaded is None or _loaded[0] != key:
         _loaded = None
-        extractor = load_extractor(plan.config, plan.backbone)
+        extractor = load_worker(plan.config, plan.backbone)
         check_backbone(plan, extractor, manifest)
         _loaded = (key, extractor)
     return _loaded[1]

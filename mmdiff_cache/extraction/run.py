@@ -17,6 +17,7 @@ from mmdiff_cache.encoders.registry import describe_encoder, load_encoder
 from mmdiff_cache.errors import BackboneError, ConfigError
 from mmdiff_cache.extraction.cost import operations_a_sample
 from mmdiff_cache.extraction.extractor import Extractor
+from mmdiff_cache.extraction.generation import Painter
 from mmdiff_cache.extraction.identity import Surroundings, build_manifest
 from mmdiff_cache.extraction.measured import Measured, keep_measured
 from mmdiff_cache.extraction.placement import open_cluster
@@ -124,8 +125,9 @@ def _extract(
 def load_extractor(config: ExtractConfig, info: BackboneInfo) -> Extractor:
     """Load a backbone for a resolved configuration, set up to capture what is configured."""
     layers = filled(config.layers)
+    needed = layers if config.generation is None else None  # drawing takes all blocks
     backbone = load_backbone(
-        info, layers=layers, device=config.device, dtype=config.dtype, text_length=config.text_length
+        info, layers=needed, device=config.device, dtype=config.dtype, text_length=config.text_length
     )
     return Extractor(
         backbone,
@@ -141,7 +143,7 @@ def load_extractor(config: ExtractConfig, info: BackboneInfo) -> Extractor:
     )
 
 
-def check_encoders(extractor: Extractor, schema: StoreSchema) -> None:
+def check_encoders(extractor: Extractor | Painter, schema: StoreSchema) -> None:
     """Raise BackboneError unless the loaded encoders are those whose features a store holds."""
     stored = {encoder.name: encoder.weights_sha256 for encoder in schema.discriminative}
     for encoder in extractor.encoders:
@@ -153,10 +155,18 @@ def check_encoders(extractor: Extractor, schema: StoreSchema) -> None:
             )
 
 
+def load_worker(config: ExtractConfig, info: BackboneInfo) -> Extractor | Painter:
+    """What turns the samples of a resolved configuration into features."""
+    extractor = load_extractor(config, info)
+    if config.generation is None:
+        return extractor
+    return Painter(extractor, config.generation, resolution=filled(config.resolution))
+
+
 def _run(plan: ExtractionPlan, writer: StoreWriter, pending: list[Partition], progress: Progress) -> None:
     done = plan.total - sum(partition.size for partition in pending)
     progress(done, plan.total, f"loading {plan.backbone.name}")
-    extractor = load_extractor(plan.config, plan.backbone)
+    extractor = load_worker(plan.config, plan.backbone)
     check_backbone(plan, extractor, writer.manifest)
     begun, first = time.monotonic(), done
 
@@ -195,7 +205,7 @@ def _measured(plan: ExtractionPlan, records: Sequence[Record], seconds: float) -
     )
 
 
-def check_backbone(plan: ExtractionPlan, extractor: Extractor, manifest: Manifest) -> None:
+def check_backbone(plan: ExtractionPlan, extractor: Extractor | Painter, manifest: Manifest) -> None:
     """Raise BackboneError when it is not the one of the manifest.
 
     Its files may have changed since they were hashed for the manifest."""
