@@ -9,6 +9,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from mmdiff_cache.backbones.info import BackboneInfo
+from mmdiff_cache.errors import BackboneError
 
 __all__ = ["Backbone", "BackboneInfo", "BlockSlot", "PromptEmbeddings"]
 
@@ -79,6 +80,15 @@ class Backbone(ABC):
         The velocity means nothing when blocks were left out at loading. Raises BackboneError when a step
         cache, sharding or fused projections would change what the blocks see.
         """
+
+    def use_attention(self, name: str) -> None:
+        """Compute attention by the named backend from now on.
+
+        Raises ConfigError or BackboneError where that cannot be.
+        """
+        raise BackboneError(
+            f"{self.info.name} has no choice of attention backends; leave out --attention {name}"
+        )
 
     @abstractmethod
     def embed_concepts(self, words: Sequence[str]) -> Float[Tensor, "K C"]:

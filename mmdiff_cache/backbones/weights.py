@@ -13,6 +13,8 @@ from mmdiff_cache.errors import BackboneError
 
 ENCODERS: Mapping[str, int] = {"FluxPipeline": 2, "StableDiffusion3Pipeline": 3}
 """How many text encoders, each with a tokenizer, a pipeline has."""
+CONFIGS = ("model_index.json", "*/config.json", "*/tokenizer_config.json")
+"""Files of a hub repository from which a backbone is described."""
 TRY_IT = "runs here now; trained on rendered scenes: for trying the pipeline, not for scores on photographs"
 
 
@@ -30,6 +32,48 @@ def locate(info: BackboneInfo, *, download: bool = False) -> Path:
     return folder
 
 
+def is_repository(name: str) -> bool:
+    """Whether a name has the form of a repository on the hub: `org/name`."""
+    return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is not None
+
+
+def locate_configs(repository: str) -> Path:
+    """The folder of a hub repository's configuration files; fetches them where they are not in the cache.
+
+    Raises BackboneError with the lines that help when they cannot be had.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(repository, allow_patterns=CONFIGS, local_files_only=True))
+        if _has_configs(folder):
+            return folder
+    except LocalEntryNotFoundError:
+        pass
+    try:
+        return Path(snapshot_download(repository, allow_patterns=CONFIGS))
+    except Exception as error:  # the hub client's network errors have changed class from release to release
+        said = textwrap.shorten(str(error), 100, placeholder=" ...")
+        raise BackboneError(
+            f"the configuration of {repository} is neither in the local cache nor to be had from the hub "
+            f"({said}). One of these helps:\n"
+            f"  hf download {repository}   where there is a network\n"
+            "  hf auth login              for a repository with a licence to accept\n"
+            f"  --backbone flux-scenes     {TRY_IT}"
+        ) from error
+
+
+def _has_configs(folder: Path) -> bool:
+    """Whether the files from which a pipeline is described are there."""
+    if not (folder / "model_index.json").is_file():
+        return False
+    pipeline = pipeline_of(folder)
+    needed = [f"{part}/config.json" for part in ("transformer", "vae")]
+    needed += [f"{part}/tokenizer_config.json" for part in tokenizers_of(pipeline)]
+    return all((folder / name).is_file() for name in needed)
+
+
 def models_of(pipeline: str) -> tuple[str, ...]:
     """The parts of a pipeline that have weights, as its folders are called."""
     return ("transformer", "vae", *_numbered("text_encoder", pipeline))
@@ -38,6 +82,16 @@ def models_of(pipeline: str) -> tuple[str, ...]:
 def tokenizers_of(pipeline: str) -> tuple[str, ...]:
     """The tokenizers of a pipeline."""
     return _numbered("tokenizer", pipeline)
+
+
+def text_parts_of(pipeline: str) -> tuple[str, ...]:
+    """Text encoders and tokenizers of a pipeline."""
+    return (*_numbered("text_encoder", pipeline), *tokenizers_of(pipeline))
+
+
+def weight_bytes(folder: Path) -> int:
+    """Size of all weight files of a pipeline."""
+    return sum((folder / name).stat().st_size for name in weight_files(folder))
 
 
 def _numbered(part: str, pipeline: str) -> tuple[str, ...]:

@@ -38,8 +38,9 @@ def estimate(config: ExtractConfig, info: BackboneInfo, *, samples: int) -> Cost
     if config.concepts:
         blocks = max(blocks, len(info.double_blocks))
     forward = forward_operations(info, filled(config.resolution), filled(config.text_length), blocks)
-    device, speed = _device(config.device)
-    return Cost(operations=forward * len(filled(config.timesteps)) * samples, speed=speed, device=device)
+    device = device_type(config.device)
+    operations = forward * len(filled(config.timesteps)) * samples
+    return Cost(operations=operations, speed=_speed(device), device=device)
 
 
 def forward_operations(info: BackboneInfo, resolution: int, text_length: int, blocks: int) -> float:
@@ -53,12 +54,17 @@ def forward_operations(info: BackboneInfo, resolution: int, text_length: int, bl
     return blocks * (24 * width**2 * tokens + 4 * tokens**2 * width)
 
 
-def _device(name: str) -> tuple[str, float]:
-    import torch  # a plan for a named device needs no torch at all
+def device_type(name: str) -> str:
+    """`cpu` or `cuda`, whichever a device's name comes to on this machine."""
+    import torch
 
-    if name.startswith("cuda") or (name == "auto" and torch.cuda.is_available()):
-        return "cuda", CUDA_SPEED
-    return "cpu", CPU_SPEED * torch.get_num_threads()
+    return "cuda" if name.startswith("cuda") or (name == "auto" and torch.cuda.is_available()) else "cpu"
+
+
+def _speed(device: str) -> float:
+    import torch
+
+    return CUDA_SPEED if device == "cuda" else CPU_SPEED * torch.get_num_threads()
 
 
 def show_duration(seconds: float) -> str:

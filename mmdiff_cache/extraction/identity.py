@@ -1,6 +1,5 @@
 """What a run says of itself in the manifest: what must be equal, and what is for information."""
 
-import os
 from importlib.metadata import version
 from typing import Any
 
@@ -14,7 +13,7 @@ from mmdiff_cache.store.quantise import stored_as
 
 PACKAGES = ("mmdiff-cache", "torch", "diffusers", "transformers", "numpy", "pillow", "zarr", "numcodecs")
 """Their versions may change features, pictures or bytes by rounding."""
-NOT_STORED = ("store", "device")
+NOT_STORED = ("store", "device", "attention", "compile", "text_pass")
 """Fields of the configuration that say where a run takes place, not what it makes."""
 
 
@@ -30,7 +29,7 @@ def build_manifest(plan: ExtractionPlan) -> Manifest:
             "pipeline": plan.backbone.architecture.pipeline,
             "weights_sha256": hash_weights(locate(plan.backbone, download=True)),
             "dtype": config.dtype,
-            "quantisation": "none",
+            "quantisation": config.quantisation,
             "resolution": config.resolution,
             "fit": FIT,
             "noise": config.noise.to_json(),
@@ -53,6 +52,7 @@ def _provenance(plan: ExtractionPlan) -> dict[str, Any]:
         "backbone": plan.backbone.name,
         "device": torch.cuda.get_device_name() if on_gpu else "cpu",
         "threads": None if on_gpu else torch.get_num_threads(),
-        "attention_backend": os.environ.get("DIFFUSERS_ATTN_BACKEND", "native"),
+        "attention_backend": plan.config.attention,
+        "compiled": plan.config.compile,
         "batch_size": plan.config.batch_size,
     }

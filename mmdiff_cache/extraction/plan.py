@@ -7,14 +7,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mmdiff_cache.backbones.info import BackboneInfo
+from mmdiff_cache.backbones.info import NATIVE, BackboneInfo, default_attention
 from mmdiff_cache.backbones.registry import BACKBONES, describe
 from mmdiff_cache.config import ExtractConfig, data_folder, filled
 from mmdiff_cache.datasets.base import Dataset
 from mmdiff_cache.datasets.prompts import ORACLE, PromptRule, open_prompts
 from mmdiff_cache.datasets.registry import DatasetEntry, find_dataset
 from mmdiff_cache.errors import ConfigError, DataError, StorageRefused
-from mmdiff_cache.extraction.cost import Cost, estimate
+from mmdiff_cache.extraction.cost import Cost, device_type, estimate
+from mmdiff_cache.extraction.memory import choose_text_pass
 from mmdiff_cache.store.manifest import MANIFEST, read_manifest
 from mmdiff_cache.store.records import record_path
 from mmdiff_cache.store.schema import (
@@ -56,6 +57,8 @@ class ExtractionPlan:
     stored_bytes: int
     """Estimated bytes on disk, rounded to the safe side."""
     files: int
+    scratch_bytes: int
+    """Most that a first pass of the text encoders writes beside the store, until the run ends."""
     cost: Cost
     free_bytes: int
     """Free space on the disk that will hold the store."""
@@ -89,6 +92,9 @@ def resolve(config: ExtractConfig) -> ExtractConfig:
     resolution = config.resolution or entry.resolution or info.resolution
     rows, columns = info.token_grid(resolution)
     batch_size, partition_size = _batching(config, rows * columns)
+    quantisation = config.quantisation or "none"
+    attention = config.attention or default_attention(info)
+    info.check_attention(attention)
     if config.guidance is not None and info.guidance is None:
         raise ConfigError(f"{info.name} takes no guidance scale; leave out --guidance {config.guidance:g}")
     return replace(
@@ -103,6 +109,10 @@ def resolve(config: ExtractConfig) -> ExtractConfig:
         guidance=info.guidance if config.guidance is None else config.guidance,
         text_length=config.text_length or info.text_length,
         dtype=config.dtype or info.dtype,
+        quantisation=quantisation,
+        attention=attention,
+        compile=_compiles(config.device, quantisation) if config.compile is None else config.compile,
+        text_pass=config.text_pass or choose_text_pass(info, config.device),
         batch_size=batch_size,
         partition_size=partition_size,
         store=_absolute(config.store or str(data_folder() / config.dataset / info.name)),
@@ -145,6 +155,7 @@ def plan(config: ExtractConfig, samples: Mapping[str, Sequence[str]] | None = No
         raw_bytes=sum(raw_bytes(schema, count) for count in counts),
         stored_bytes=sum(estimated_bytes(schema, count, filled(config.dtype)) for count in counts),
         files=sum(file_count(schema, count) for count in counts),
+        scratch_bytes=_scratch_bytes(config, info, prompts, chosen, left=sum(counts) - done),
         cost=estimate(config, info, samples=sum(counts) - done),
         free_bytes=shutil.disk_usage(existing_parent(Path(filled(config.store)))).free,
     )
@@ -152,7 +163,7 @@ def plan(config: ExtractConfig, samples: Mapping[str, Sequence[str]] | None = No
 
 def check_disk(plan: ExtractionPlan) -> None:
     """Raise StorageRefused when what is left to write does not fit on the disk."""
-    needed = math.ceil(plan.stored_bytes * (plan.total - plan.done) / plan.total)
+    needed = math.ceil(plan.stored_bytes * (plan.total - plan.done) / plan.total) + plan.scratch_bytes
     if needed > plan.free_bytes:
         raise StorageRefused(
             f"the store needs about {show_bytes(needed)} more, but the disk of {plan.store} has "
@@ -184,6 +195,25 @@ def show_bytes(count: float) -> str:
 
 def _absolute(path: str | None) -> str | None:
     return None if path is None else os.path.abspath(os.path.expanduser(path))
+
+
+def _scratch_bytes(
+    config: ExtractConfig,
+    info: BackboneInfo,
+    prompts: PromptRule,
+    samples: Mapping[str, tuple[str, ...]],
+    *,
+    left: int,
+) -> int:
+    """Zero where the text encoders stay; concepts, one vector each, are not worth counting."""
+    if config.text_pass != "first":
+        return 0
+    different = prompts.most([sample_id for names in samples.values() for sample_id in names])
+    return min(different, left) * info.prompt_bytes(filled(config.text_length), filled(config.dtype))
+
+
+def _compiles(device: str, quantisation: str) -> bool:
+    return quantisation == "none" and device_type(device) == "cuda"
 
 
 def _check_splits(splits: Iterable[str], entry: DatasetEntry) -> None:
@@ -276,7 +306,7 @@ def _lines(plan: ExtractionPlan) -> Iterable[tuple[str, str]]:
         "prompts",
         f"{config.prompts}{' (names the objects: scores are an upper bound)' * (config.prompts == ORACLE)}",
     )
-    yield "backbone", f"{plan.backbone.name}, {config.dtype} on {plan.cost.device}"
+    yield "backbone", f"{plan.backbone.name}, {config.dtype} on {plan.cost.device}{_how(config)}"
     rows, columns = schema.grid
     yield "input", f"{config.resolution} px square = {rows} x {columns} tokens of {schema.channels} channels"
     yield "layers", " ".join(schema.layers)
@@ -296,8 +326,20 @@ def _lines(plan: ExtractionPlan) -> Iterable[tuple[str, str]]:
             f"({ratio:.2f} : 1 assumed) in {plan.files:,} files"
         ),
     )
+    if config.text_pass == "first":
+        yield (
+            "text",
+            f"encoders first and alone, at most {show_bytes(plan.scratch_bytes)} of scratch while it runs",
+        )
     yield "time", str(plan.cost)
     yield "free disk", show_bytes(plan.free_bytes)
+
+
+def _how(config: ExtractConfig) -> str:
+    """What is not as usual in how the backbone computes."""
+    weights = f", weights in {config.quantisation}" if config.quantisation != "none" else ""
+    kernels = f", {config.attention} attention" if config.attention != NATIVE else ""
+    return f"{weights}{kernels}{', compiled blocks' if config.compile else ''}"
 
 
 def _counts(samples: Mapping[str, tuple[str, ...]]) -> str:

@@ -10,13 +10,16 @@ import torch
 
 from mmdiff_cache.backbones.info import BackboneInfo
 from mmdiff_cache.backbones.registry import load_backbone
+from mmdiff_cache.backbones.text import TextSource
 from mmdiff_cache.config import ExtractConfig, filled
 from mmdiff_cache.errors import BackboneError
+from mmdiff_cache.extraction.compilation import compile_blocks, compile_errors
 from mmdiff_cache.extraction.extractor import Extractor
 from mmdiff_cache.extraction.identity import build_manifest
 from mmdiff_cache.extraction.plan import ExtractionPlan, check_disk
 from mmdiff_cache.extraction.plan import plan as make_plan
 from mmdiff_cache.extraction.sources import check_unchanged, mended_partitions
+from mmdiff_cache.extraction.text_pass import text_of
 from mmdiff_cache.extraction.worker import run_partition
 from mmdiff_cache.records import Progress
 from mmdiff_cache.store.reader import Store, open_store
@@ -64,12 +67,25 @@ def extract(
     return open_store(plan.store)
 
 
-def load_extractor(config: ExtractConfig, info: BackboneInfo) -> Extractor:
-    """Load a backbone for a resolved configuration, set up to capture what is configured."""
+def load_extractor(config: ExtractConfig, info: BackboneInfo, text: TextSource | None = None) -> Extractor:
+    """Load a backbone for a resolved configuration, set up to capture what is configured.
+
+    With `text`, its text encoders are left out.
+    """
     layers = filled(config.layers)
     backbone = load_backbone(
-        info, layers=layers, device=config.device, dtype=config.dtype, text_length=config.text_length
+        info,
+        layers=layers,
+        device=config.device,
+        dtype=config.dtype,
+        quantisation=config.quantisation or "none",
+        text_length=config.text_length,
+        text=text,
     )
+    if config.attention is not None:
+        backbone.use_attention(config.attention)
+    if config.compile:
+        compile_blocks(backbone.blocks, concepts=bool(config.concepts))
     return Extractor(
         backbone,
         layers=layers,
@@ -83,8 +99,20 @@ def load_extractor(config: ExtractConfig, info: BackboneInfo) -> Extractor:
 def _run(plan: ExtractionPlan, writer: StoreWriter, pending: list[Partition], progress: Progress) -> None:
     done = plan.total - sum(partition.size for partition in pending)
     progress(done, plan.total, f"loading {plan.backbone.name}")
-    extractor = load_extractor(plan.config, plan.backbone)
-    _check_backbone(plan, extractor, writer)
+    with text_of(plan, pending) as text:
+        extractor = load_extractor(plan.config, plan.backbone, text)
+        _check_backbone(plan, extractor, writer)
+        _extract_all(plan, extractor, writer, pending, progress)
+
+
+def _extract_all(
+    plan: ExtractionPlan,
+    extractor: Extractor,
+    writer: StoreWriter,
+    pending: list[Partition],
+    progress: Progress,
+) -> None:
+    done = plan.total - sum(partition.size for partition in pending)
     begun, first = time.monotonic(), done
 
     def advance(samples: int) -> None:
@@ -94,7 +122,7 @@ def _run(plan: ExtractionPlan, writer: StoreWriter, pending: list[Partition], pr
         progress(done, plan.total, f"{partition.split}, {speed:.3g} samples/s")
 
     for partition in pending:
-        with writer.begin(partition) as out, _memory_errors(plan):
+        with writer.begin(partition) as out, _memory_errors(plan), compile_errors():
             record = run_partition(plan, extractor, out, advance)
         for sample in record.samples:
             if sample.state == "failed":
