@@ -186,7 +186,7 @@ class ExtractConfig(Config):
     For the data set `prompts`, the file of what is to be drawn: one prompt a line, or JSONL.
     """
     backbone: str | None = None
-    """A name of the registry or a folder in diffusers' format."""
+    """A name of the registry, a folder in diffusers' format, or a repository of the hub (`org/name`)."""
     layers: tuple[str, ...] | None = None
     """Block addresses such as `single.4` or `double.2`."""
     timesteps: tuple[float, ...] | None = None
@@ -203,7 +203,15 @@ class ExtractConfig(Config):
     text_length: int | None = None
     """Tokens of the T5 prompt."""
     dtype: Literal["float32", "bfloat16"] | None = None
+    quantisation: Literal["none", "float8"] | None = None
+    """`float8` halves the memory of a bfloat16 transformer's weights, and changes its features."""
     device: str = "auto"
+    attention: str | None = None
+    """A backend of diffusers, such as `native`, `flash` or `xformers`; tried out before the run."""
+    compile: bool | None = None
+    """Compile the transformer's blocks; by default on a GPU. Changes features by rounding."""
+    text_pass: Literal["together", "first"] | None = None
+    """Text encoders loaded with the transformer, or before it and alone; by default as memory allows."""
     batch_size: int | None = None
     """Samples a forward pass; all timesteps of a sample go in one batch."""
     partition_size: int | None = None
@@ -236,6 +244,10 @@ class ExtractConfig(Config):
                 f"partition_size must be a multiple of batch_size, got {self.partition_size} "
                 f"and {self.batch_size}",
             )
+        _require(
+            not (self.compile and self.quantisation == "float8"),
+            "float8 weights are cast layer by layer, which cannot be compiled; leave out --compile",
+        )
         for vocabulary, words in (self.concepts or {}).items():
             _require(
                 len(words) > 1,

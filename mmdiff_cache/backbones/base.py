@@ -10,6 +10,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from mmdiff_cache.backbones.info import BackboneInfo
+from mmdiff_cache.errors import BackboneError
 
 __all__ = ["Backbone", "BackboneInfo", "BlockSlot", "PromptEmbeddings", "Sampler"]
 
@@ -124,6 +125,15 @@ class Backbone(ABC):
     @abstractmethod
     def sampler_time(self, sigma: Float[Tensor, ""]) -> Float[Tensor, ""]:
         """A scheduler's noise level as the pipeline hands it to the model, rounding included, in [0, 1]."""
+
+    def use_attention(self, name: str) -> None:
+        """Compute attention by the named backend from now on.
+
+        Raises ConfigError or BackboneError where that cannot be.
+        """
+        raise BackboneError(
+            f"{self.info.name} has no choice of attention backends; leave out --attention {name}"
+        )
 
     @abstractmethod
     def embed_concepts(self, words: Sequence[str]) -> Float[Tensor, "K C"]:

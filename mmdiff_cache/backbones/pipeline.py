@@ -21,59 +21,54 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
+from mmdiff_cache.backbones.attention import use_attention
 from mmdiff_cache.backbones.base import Backbone, BlockSlot, PromptEmbeddings, Sampler
-from mmdiff_cache.backbones.info import PATCH, BackboneInfo, DTypeName
-from mmdiff_cache.backbones.weights import hash_weights, models_of
+from mmdiff_cache.backbones.info import PATCH, BackboneInfo, DTypeName, Quantisation
+from mmdiff_cache.backbones.text import TextSource
+from mmdiff_cache.backbones.weights import hash_weights, text_parts_of
 from mmdiff_cache.errors import BackboneError, ConfigError
 
 logger = logging.getLogger(__name__)
 
 DTYPES: Mapping[DTypeName, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-PROMPT_CACHE = 64
-"""Encoded prompts kept; one of FLUX.1-dev takes 4 MiB."""
+FLOAT8 = torch.float8_e4m3fn
 
 
 class PipelineBackbone(Backbone):
     """A diffusers pipeline whose transformer may lack its last blocks."""
 
-    def __init__(self, info: BackboneInfo, pipeline: Any, *, folder: Path, text_length: int) -> None:
+    def __init__(self, info: BackboneInfo, pipeline: Any, *, folder: Path, text: TextSource) -> None:
         self.info = info
-        self._pipeline = pipeline
-        self._folder = folder
+        self._folder, self._text = folder, text
         self._transformer: Any = pipeline.transformer
         self._vae = cast(AutoencoderKL, pipeline.vae)
+        self._scheduler: Any = pipeline.scheduler
         self.device = cast(torch.device, self._transformer.device)
         self.dtype = cast(torch.dtype, self._transformer.dtype)
-        self._text_length = text_length
-        self._prompts: dict[str, tuple[Tensor, Tensor]] = {}
         self._blocks = self._list_blocks()
-        for name in models_of(info.architecture.pipeline):
+        for name in ("transformer", "vae"):
             cast(nn.Module, getattr(pipeline, name)).requires_grad_(False).eval()
 
     @abstractmethod
     def _list_blocks(self) -> dict[str, BlockSlot]:
         """The transformer's blocks by address, in the order in which they run."""
 
-    @abstractmethod
-    def _encode(self, prompt: str) -> tuple[Tensor, Tensor]:
-        """One prompt: the vectors of its tokens [1 S E] and the pooled one [1 E_pooled]."""
-
-    @abstractmethod
-    def _pieces(self, word: str) -> Float[Tensor, "piece E"]:
-        """The T5 vectors of a word's own pieces, without the end marker; none for a word without tokens."""
-
     @property
     def blocks(self) -> Mapping[str, BlockSlot]:
         return self._blocks
 
     def identity(self) -> dict[str, str]:
-        quantisation = getattr(self._transformer.config, "quantization_config", None) or {}
         return {
             "pipeline": self.info.architecture.pipeline,
             "weights_sha256": hash_weights(self._folder),
             "dtype": str(self.dtype).removeprefix("torch."),
-            "quantisation": str(quantisation.get("quant_method", "none")),
+            "quantisation": quantisation_of(self._transformer),
         }
+
+    def use_attention(self, name: str) -> None:
+        self.info.check_attention(name)
+        with quiet_loading():
+            use_attention(self._transformer, name)
 
     @torch.inference_mode()
     def encode_image(self, images: UInt8[Tensor, "B H W 3"]) -> Float[Tensor, "B c H_f W_f"]:
@@ -94,7 +89,7 @@ class PipelineBackbone(Backbone):
         return rearrange(levels, "B rgb H W -> B H W rgb")
 
     def sampler(self, steps: int, resolution: int) -> Sampler:
-        given: Any = self._pipeline.scheduler
+        given = self._scheduler
         if type(given) is not FlowMatchEulerDiscreteScheduler or cast(Any, given.config).stochastic_sampling:
             raise BackboneError(
                 f"pictures are drawn with a FlowMatchEulerDiscreteScheduler without stochastic_sampling; "
@@ -123,7 +118,7 @@ class PipelineBackbone(Backbone):
 
     @torch.inference_mode()
     def encode_prompts(self, prompts: Sequence[str]) -> PromptEmbeddings:
-        encoded = [self._encode_prompt(prompt) for prompt in prompts]
+        encoded = [self._text.prompt(prompt) for prompt in prompts]
         return PromptEmbeddings(
             tokens=torch.cat([tokens for tokens, _ in encoded]),
             pooled=torch.cat([pooled for _, pooled in encoded]),
@@ -131,27 +126,9 @@ class PipelineBackbone(Backbone):
 
     @torch.inference_mode()
     def embed_concepts(self, words: Sequence[str]) -> Float[Tensor, "K C"]:
-        """Each word alone through T5, then the model's text embedding.
-
-        ConceptAttention takes a word's first piece, which reads 'skyscraper' as 'sky'. Here it is the mean
-        over the word's own pieces, the same thing wherever a word is one piece.
-        """
-        vectors: list[Tensor] = []
-        for word in words:
-            pieces = self._pieces(word)
-            if len(pieces) == 0:
-                raise ConfigError(f"concept {word!r} has no token in the text encoder of {self.info.name}")
-            vectors.append(pieces.to(torch.float32).mean(dim=0).to(pieces.dtype))
-        return cast(Tensor, self._transformer.context_embedder(torch.stack(vectors)))
-
-    def _encode_prompt(self, prompt: str) -> tuple[Tensor, Tensor]:
-        """[1 S E] and [1 E_pooled]. One prompt a pass, so that a cached one equals a new one bit for bit."""
-        if prompt not in self._prompts:
-            tokens, pooled = self._encode(prompt)
-            if len(self._prompts) == PROMPT_CACHE:
-                self._prompts.pop(next(iter(self._prompts)))
-            self._prompts[prompt] = tokens, pooled
-        return self._prompts[prompt]
+        """Each word alone through T5 (`TextSource.word`), then the model's text embedding."""
+        vectors = torch.stack([self._text.word(word) for word in words])
+        return cast(Tensor, self._transformer.context_embedder(vectors))
 
 
 def load_pipeline(
@@ -162,28 +139,63 @@ def load_pipeline(
     *,
     device: str | torch.device,
     dtype: DTypeName,
+    quantisation: Quantisation,
+    with_text: bool,
     **options: Any,
 ) -> Any:
-    """A pipeline on its device; `options` go to the transformer. The VAE always runs in float32.
+    """A pipeline on its device, with or without text encoders; `options` go to the transformer.
+
+    The VAE always runs in float32.
 
     Raises BackboneError when the weights cannot be loaded, ConfigError for a device that is not there.
     """
     chosen = choose_device(device)
     logger.info("loading %s from %s: %s, %s", info.name, folder, dtype, chosen)
     local = {"use_safetensors": True, "local_files_only": True}
-    try:
-        with quiet_loading():
-            transformer = transformer_class.from_pretrained(
-                folder, subfolder="transformer", torch_dtype=DTYPES[dtype], **options, **local
-            )
-            vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", torch_dtype=torch.float32, **local)
-            pipeline = cast(Any, pipeline_class).from_pretrained(
-                folder, transformer=transformer, vae=vae, torch_dtype=DTYPES[dtype], **local
-            )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise BackboneError(f"the weights of {info.name} in {folder} cannot be loaded: {error}") from error
+    absent = {} if with_text else dict.fromkeys(text_parts_of(info.architecture.pipeline))
+    with _loading_errors(info, folder), quiet_loading():
+        transformer = transformer_class.from_pretrained(
+            folder, subfolder="transformer", torch_dtype=DTYPES[dtype], **options, **local
+        )
+        vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", torch_dtype=torch.float32, **local)
+        pipeline = cast(Any, pipeline_class).from_pretrained(
+            folder, transformer=transformer, vae=vae, torch_dtype=DTYPES[dtype], **absent, **local
+        )
+    if quantisation == "float8":
+        transformer.enable_layerwise_casting(storage_dtype=FLOAT8, compute_dtype=DTYPES[dtype])
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(chosen)
+
+
+def load_text_pipeline(
+    info: BackboneInfo,
+    folder: Path,
+    pipeline_class: type[DiffusionPipeline],
+    *,
+    device: str | torch.device,
+    dtype: DTypeName,
+) -> Any:
+    """The text encoders of a pipeline on their device, without transformer and VAE."""
+    chosen = choose_device(device)
+    logger.info("loading the text encoders of %s from %s: %s, %s", info.name, folder, dtype, chosen)
+    with _loading_errors(info, folder), quiet_loading():
+        pipeline = cast(Any, pipeline_class).from_pretrained(
+            folder,
+            transformer=None,
+            vae=None,
+            torch_dtype=DTYPES[dtype],
+            use_safetensors=True,
+            local_files_only=True,
+        )
+    return pipeline.to(chosen)
+
+
+@contextmanager
+def _loading_errors(info: BackboneInfo, folder: Path) -> Generator[None]:
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise BackboneError(f"the weights of {info.name} in {folder} cannot be loaded: {error}") from error
 
 
 def choose_device(device: str | torch.device) -> torch.device:
@@ -230,6 +242,11 @@ def _full_precision_convolutions() -> Generator[None]:
         enabled=cudnn.enabled, benchmark=cudnn.benchmark, deterministic=cudnn.deterministic, allow_tf32=False
     ):
         yield
+
+
+def quantisation_of(transformer: nn.Module) -> Quantisation:
+    """How the weights of a loaded transformer lie in memory."""
+    return "float8" if any(p.dtype == FLOAT8 for p in transformer.parameters()) else "none"
 
 
 def check_plain(transformer: Any) -> None:

@@ -14,8 +14,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mmdiff_cache.backbones.base import BlockSlot, PromptEmbeddings
-from mmdiff_cache.backbones.info import BackboneInfo, DTypeName
-from mmdiff_cache.backbones.pipeline import PipelineBackbone, check_plain, load_pipeline
+from mmdiff_cache.backbones.info import BackboneInfo, DTypeName, Quantisation
+from mmdiff_cache.backbones.pipeline import PipelineBackbone, check_plain, load_pipeline, load_text_pipeline
+from mmdiff_cache.backbones.text import EncoderText, TextSource
 
 TIMES = 1000
 """The model's time of pure noise."""
@@ -57,6 +58,18 @@ class SD3Backbone(PipelineBackbone):
         pooled = torch.zeros(len(t), width, device=self.device, dtype=self.dtype)
         return cast(Tensor, self._transformer.time_text_embed(t.to(self.device) * TIMES, pooled))
 
+    def _list_blocks(self) -> dict[str, BlockSlot]:
+        container = self._transformer.transformer_blocks
+        return {
+            f"double.{index}": BlockSlot(block=block, container=container, index=index)
+            for index, block in enumerate(container)
+        }
+
+
+class SD3Text(EncoderText):
+    """Two CLIP encoders and T5."""
+
+    @torch.inference_mode()
     def _encode(self, prompt: str) -> tuple[Tensor, Tensor]:
         tokens, _, pooled, _ = self._pipeline.encode_prompt(
             prompt=prompt,
@@ -71,21 +84,37 @@ class SD3Backbone(PipelineBackbone):
     def _pieces(self, word: str) -> Float[Tensor, "piece E"]:
         count = len(self._pipeline.tokenizer_3(word, add_special_tokens=False).input_ids)
         behind = self._pipeline.tokenizer_max_length  # the tokens of CLIP stand before those of T5
-        return self._encode_prompt(word)[0][0, behind : behind + count]
-
-    def _list_blocks(self) -> dict[str, BlockSlot]:
-        container = self._transformer.transformer_blocks
-        return {
-            f"double.{index}": BlockSlot(block=block, container=container, index=index)
-            for index, block in enumerate(container)
-        }
+        return self.prompt(word)[0][0, behind : behind + count]
 
 
 def load_sd3(
-    info: BackboneInfo, folder: Path, *, device: str | torch.device, dtype: DTypeName, text_length: int
+    info: BackboneInfo,
+    folder: Path,
+    *,
+    device: str | torch.device,
+    dtype: DTypeName,
+    quantisation: Quantisation,
+    text_length: int,
+    text: TextSource | None,
 ) -> SD3Backbone:
     """Load a StableDiffusion3Pipeline folder; see `registry.load_backbone`. All blocks are loaded."""
     pipeline = load_pipeline(
-        info, folder, StableDiffusion3Pipeline, SD3Transformer2DModel, device=device, dtype=dtype
+        info,
+        folder,
+        StableDiffusion3Pipeline,
+        SD3Transformer2DModel,
+        device=device,
+        dtype=dtype,
+        quantisation=quantisation,
+        with_text=text is None,
     )
-    return SD3Backbone(info, pipeline, folder=folder, text_length=text_length)
+    text = text or SD3Text(pipeline, device=pipeline.device, text_length=text_length)
+    return SD3Backbone(info, pipeline, folder=folder, text=text)
+
+
+def load_sd3_text(
+    info: BackboneInfo, folder: Path, *, device: str | torch.device, dtype: DTypeName, text_length: int
+) -> SD3Text:
+    """Load the text encoders alone."""
+    pipeline = load_text_pipeline(info, folder, StableDiffusion3Pipeline, device=device, dtype=dtype)
+    return SD3Text(pipeline, device=pipeline.device, text_length=text_length)

@@ -59,7 +59,7 @@ def extract(
     data_root: Annotated[str | None, typer.Option(help="Folder of the data set's files.")] = None,
     split: Annotated[list[str] | None, typer.Option(help="A split to extract; may be repeated.")] = None,
     backbone: Annotated[
-        str | None, typer.Option(help="A known name or a folder in diffusers' format.")
+        str | None, typer.Option(help="A known name, a folder in diffusers' format, or org/name on the hub.")
     ] = None,
     store: Annotated[
         str | None, typer.Option(help="Folder to write; data/<dataset>/<backbone> by default.")
@@ -81,6 +81,12 @@ def extract(
         str | None, typer.Option(help="How a picture becomes square: squash, pad or crop.")
     ] = None,
     batch_size: BatchSize = None,
+    attention: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Attention backend: native, flash, xformers ...")
+    ] = None,
+    compile_: Annotated[
+        bool | None, typer.Option("--compile/--no-compile", help="Compile the blocks; default on a GPU.")
+    ] = None,
     prompts: Annotated[
         str | None, typer.Option(help="empty, scene, oracle, or a file of prompts (.jsonl, or .txt to draw).")
     ] = None,
@@ -128,6 +134,8 @@ def extract(
         "resolution": resolution,
         "fit": fit,
         "batch_size": batch_size,
+        "attention": attention,
+        "compile": compile_,
         "prompts": prompts,
         "draws": draws,
         "flip": flip,

@@ -23,6 +23,17 @@ class PromptRule:
     identity: str
     table: Mapping[str, str] | None = None
 
+    def of_id(self, sample_id: str) -> str | None:
+        """The prompt of a sample where its id is enough to know it; None where the sample must be read."""
+        if self.kind == EMPTY:
+            return ""
+        return None if self.table is None else self.table.get(sample_id)
+
+    def most(self, sample_ids: Sequence[str]) -> int:
+        """At most so many different prompts have these samples."""
+        found = {self.of_id(sample_id) for sample_id in sample_ids}
+        return len(sample_ids) if None in found else len(found)
+
     def prompt(self, sample: Sample) -> str:
         """The prompt of one sample. Raises DataError where there is none."""
         if self.kind == EMPTY:

@@ -20,7 +20,7 @@ from mmdiff_cache.store.schema import StoreSchema
 
 PACKAGES = ("mmdiff-cache", "torch", "diffusers", "transformers", "numpy", "pillow", "zarr", "numcodecs")
 """Their versions may change features, pictures or bytes by rounding."""
-NOT_STORED = ("store", "device")
+NOT_STORED = ("store", "device", "attention", "compile", "text_pass")
 """Fields of the configuration that say where a run takes place, not what it makes."""
 
 
@@ -64,7 +64,7 @@ def build_manifest(plan: ExtractionPlan, where: Surroundings | None = None) -> M
             "pipeline": plan.backbone.architecture.pipeline,
             "weights_sha256": hash_weights(folder),
             "dtype": config.dtype,
-            "quantisation": "none",
+            "quantisation": config.quantisation,
             "resolution": config.resolution,
             "fit": config.fit,
             "noise": config.noise.to_json(),
@@ -94,4 +94,5 @@ def _with_encoders(plan: ExtractionPlan) -> StoreSchema:
 
 
 def _provenance(plan: ExtractionPlan, where: Surroundings) -> dict[str, Any]:
-    return {**asdict(where), "backbone": plan.backbone.name, "batch_size": plan.config.batch_size}
+    chosen = {"attention_backend": plan.config.attention, "compiled": plan.config.compile}
+    return {**asdict(where), **chosen, "backbone": plan.backbone.name, "batch_size": plan.config.batch_size}

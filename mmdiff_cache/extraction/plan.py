@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mmdiff_cache.backbones.info import BackboneInfo
+from mmdiff_cache.backbones.info import NATIVE, BackboneInfo
 from mmdiff_cache.backbones.registry import describe
 from mmdiff_cache.backbones.weights import locate, weight_files
 from mmdiff_cache.config import ExtractConfig, filled
@@ -61,6 +61,8 @@ class ExtractionPlan:
     stored_bytes: int
     """Estimated bytes on disk; as before the codec where `ratio` is not known."""
     files: int
+    scratch_bytes: int
+    """Most that a first pass of the text encoders writes beside the store, until the run ends."""
     cost: Cost
     free_bytes: int
     """Free space on the disk that will hold the store."""
@@ -124,6 +126,7 @@ def plan(config: ExtractConfig, samples: Mapping[str, Sequence[str]] | None = No
         ratio=ratio,
         stored_bytes=sum(estimated_bytes(schema, count, ratio and ratio.value) for count in counts),
         files=sum(file_count(schema, count) for count in counts),
+        scratch_bytes=_scratch_bytes(config, info, prompts, chosen, left=sum(counts) - done),
         cost=estimate(config, info, samples=sum(counts) - done),
         free_bytes=shutil.disk_usage(disk).free,
         free_files=_free_files(disk),
@@ -147,7 +150,7 @@ def check_disk(plan: ExtractionPlan) -> None:
         "choose fewer --layers, --timesteps or samples (--limit), another disk with --store, or try it all "
         "the same with --force"
     )
-    needed = math.ceil(plan.stored_bytes * left)
+    needed = math.ceil(plan.stored_bytes * left) + plan.scratch_bytes
     if needed > plan.free_bytes:
         raise StorageRefused(
             f"the store needs about {show_bytes(needed)} more, but the disk of {plan.store} has "
@@ -184,6 +187,21 @@ def show_bytes(count: float) -> str:
             break
         count /= 1000
     return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.1f} {unit}"
+
+
+def _scratch_bytes(
+    config: ExtractConfig,
+    info: BackboneInfo,
+    prompts: PromptRule,
+    samples: Mapping[str, tuple[str, ...]],
+    *,
+    left: int,
+) -> int:
+    """Zero where the text encoders stay; concepts, one vector each, are not worth counting."""
+    if config.text_pass != "first":
+        return 0
+    different = prompts.most([sample_id for names in samples.values() for sample_id in names])
+    return min(different, left) * info.prompt_bytes(filled(config.text_length), filled(config.dtype))
 
 
 def _positions(
@@ -269,7 +287,7 @@ def _lines(plan: ExtractionPlan) -> Iterable[tuple[str, str]]:
     )
     if config.generation is not None:
         yield "drawing", describe_generation(config.generation)
-    yield "backbone", f"{plan.backbone.name}, {config.dtype} on {plan.cost.device}"
+    yield "backbone", f"{plan.backbone.name}, {config.dtype} on {plan.cost.device}{_how(config)}"
     rows, columns = schema.grid
     tokens = f"{rows} x {columns} tokens of {schema.channels} channels"
     yield "input", f"{config.resolution} px square ({config.fit}) = {tokens}"
@@ -289,6 +307,11 @@ def _lines(plan: ExtractionPlan) -> Iterable[tuple[str, str]]:
         yield "note", f"the store was planned without {plan.new:,} of them; --append adds those"
     yield "size", f"{show_bytes(plan.raw_bytes)} raw in {plan.files:,} files{_compressed(plan)}"
     yield "arrays", ", ".join(f"{name} {show_bytes(size)}" for name, size in bytes_by_array(plan).items())
+    if config.text_pass == "first":
+        yield (
+            "text",
+            f"encoders first and alone, at most {show_bytes(plan.scratch_bytes)} of scratch while it runs",
+        )
     yield "time", str(plan.cost)
     if plan.cost.device == "cuda":
         yield "GPU memory", _gpu_memory(plan)
@@ -335,6 +358,13 @@ def _break_even(plan: ExtractionPlan) -> str:
     seconds = plan.cost.seconds / (plan.total - plan.done)
     speed = show_bytes(plan.stored_bytes / plan.total / seconds)
     return f"a disk that reads less than {speed}/s is slower than this machine's transformer"
+
+
+def _how(config: ExtractConfig) -> str:
+    """What is not as usual in how the backbone computes."""
+    weights = f", weights in {config.quantisation}" if config.quantisation != "none" else ""
+    kernels = f", {config.attention} attention" if config.attention != NATIVE else ""
+    return f"{weights}{kernels}{', compiled blocks' if config.compile else ''}"
 
 
 def _counts(samples: Mapping[str, tuple[str, ...]]) -> str:

@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
+from mmdiff_cache.backbones.info import default_attention
 from mmdiff_cache.backbones.registry import BACKBONES, describe
 from mmdiff_cache.config import ExtractConfig, data_folder
 from mmdiff_cache.datasets.prompts import EMPTY
@@ -12,6 +13,8 @@ from mmdiff_cache.datasets.registry import find_dataset
 from mmdiff_cache.encoders.registry import ENCODERS, describe_encoder
 from mmdiff_cache.errors import ConfigError
 from mmdiff_cache.extraction.drawing import resolve_generation
+from mmdiff_cache.extraction.measured import device_type
+from mmdiff_cache.extraction.memory import choose_text_pass
 
 TOKENS_A_BATCH = 4096
 LARGEST_BATCH = 8
@@ -36,6 +39,9 @@ def resolve(config: ExtractConfig) -> ExtractConfig:
     resolution = config.resolution or entry.resolution or info.resolution
     rows, columns = info.token_grid(resolution)
     batch_size, partition_size = _batching(config, rows * columns)
+    quantisation = config.quantisation or "none"
+    attention = config.attention or default_attention(info)
+    info.check_attention(attention)
     if config.guidance is not None and info.guidance is None:
         raise ConfigError(f"{info.name} takes no guidance scale; leave out --guidance {config.guidance:g}")
     guidance = info.guidance if config.guidance is None else config.guidance
@@ -56,10 +62,18 @@ def resolve(config: ExtractConfig) -> ExtractConfig:
         guidance=guidance,
         text_length=config.text_length or info.text_length,
         dtype=config.dtype or info.dtype,
+        quantisation=quantisation,
+        attention=attention,
+        compile=_compiles(config.device, quantisation) if config.compile is None else config.compile,
+        text_pass=config.text_pass or choose_text_pass(info, config.device),
         batch_size=batch_size,
         partition_size=partition_size,
         store=_absolute(config.store or str(data_folder() / config.dataset / info.name)),
     )
+
+
+def _compiles(device: str, quantisation: str) -> bool:
+    return quantisation == "none" and device_type(device) == "cuda"
 
 
 def _absolute(path: str) -> str:

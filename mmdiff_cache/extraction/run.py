@@ -12,9 +12,11 @@ import torch
 
 from mmdiff_cache.backbones.info import BackboneInfo
 from mmdiff_cache.backbones.registry import load_backbone
+from mmdiff_cache.backbones.text import TextSource
 from mmdiff_cache.config import ExtractConfig, filled
 from mmdiff_cache.encoders.registry import describe_encoder, load_encoder
 from mmdiff_cache.errors import BackboneError, ConfigError
+from mmdiff_cache.extraction.compilation import compile_blocks, compile_errors
 from mmdiff_cache.extraction.cost import operations_a_sample
 from mmdiff_cache.extraction.extractor import Extractor
 from mmdiff_cache.extraction.generation import Painter
@@ -24,6 +26,7 @@ from mmdiff_cache.extraction.placement import open_cluster
 from mmdiff_cache.extraction.plan import ExtractionPlan, check_disk
 from mmdiff_cache.extraction.plan import plan as make_plan
 from mmdiff_cache.extraction.sources import check_unchanged, mended_partitions
+from mmdiff_cache.extraction.text_pass import text_of
 from mmdiff_cache.extraction.variants import variants_of
 from mmdiff_cache.extraction.worker import run_partition
 from mmdiff_cache.records import Progress
@@ -82,6 +85,11 @@ def extract(
 def _cluster(
     plan: ExtractionPlan, workers: int | None, client: Client | None
 ) -> AbstractContextManager[Client | None]:
+    if plan.config.text_pass == "first" and (client is not None or workers):
+        raise ConfigError(
+            "workers of a cluster keep the text encoders loaded; --set text_pass=together, or run without "
+            "--workers and --scheduler"
+        )
     if client is not None and workers is not None:
         raise ConfigError("workers starts a cluster and client is one; give one of them")
     return open_cluster(plan.config, workers) if client is None else nullcontext(client)
@@ -122,13 +130,26 @@ def _extract(
     return open_store(plan.store)
 
 
-def load_extractor(config: ExtractConfig, info: BackboneInfo) -> Extractor:
-    """Load a backbone for a resolved configuration, set up to capture what is configured."""
+def load_extractor(config: ExtractConfig, info: BackboneInfo, text: TextSource | None = None) -> Extractor:
+    """Load a backbone for a resolved configuration, set up to capture what is configured.
+
+    With `text`, its text encoders are left out.
+    """
     layers = filled(config.layers)
     needed = layers if config.generation is None else None  # drawing takes all blocks
     backbone = load_backbone(
-        info, layers=needed, device=config.device, dtype=config.dtype, text_length=config.text_length
+        info,
+        layers=needed,
+        device=config.device,
+        dtype=config.dtype,
+        quantisation=config.quantisation or "none",
+        text_length=config.text_length,
+        text=text,
     )
+    if config.attention is not None:
+        backbone.use_attention(config.attention)
+    if config.compile:
+        compile_blocks(backbone.blocks, concepts=bool(config.concepts))
     return Extractor(
         backbone,
         layers=layers,
@@ -155,9 +176,11 @@ def check_encoders(extractor: Extractor | Painter, schema: StoreSchema) -> None:
             )
 
 
-def load_worker(config: ExtractConfig, info: BackboneInfo) -> Extractor | Painter:
-    """What turns the samples of a resolved configuration into features."""
-    extractor = load_extractor(config, info)
+def load_worker(
+    config: ExtractConfig, info: BackboneInfo, text: TextSource | None = None
+) -> Extractor | Painter:
+    """What turns the samples of a resolved configuration into features; see `load_extractor`."""
+    extractor = load_extractor(config, info, text)
     if config.generation is None:
         return extractor
     return Painter(extractor, config.generation, resolution=filled(config.resolution))
@@ -166,8 +189,20 @@ def load_worker(config: ExtractConfig, info: BackboneInfo) -> Extractor | Painte
 def _run(plan: ExtractionPlan, writer: StoreWriter, pending: list[Partition], progress: Progress) -> None:
     done = plan.total - sum(partition.size for partition in pending)
     progress(done, plan.total, f"loading {plan.backbone.name}")
-    extractor = load_worker(plan.config, plan.backbone)
-    check_backbone(plan, extractor, writer.manifest)
+    with text_of(plan, pending) as text:
+        extractor = load_worker(plan.config, plan.backbone, text)
+        check_backbone(plan, extractor, writer.manifest)
+        _extract_all(plan, extractor, writer, pending, progress)
+
+
+def _extract_all(
+    plan: ExtractionPlan,
+    extractor: Extractor | Painter,
+    writer: StoreWriter,
+    pending: list[Partition],
+    progress: Progress,
+) -> None:
+    done = plan.total - sum(partition.size for partition in pending)
     begun, first = time.monotonic(), done
 
     def advance(samples: int) -> None:
@@ -178,7 +213,7 @@ def _run(plan: ExtractionPlan, writer: StoreWriter, pending: list[Partition], pr
 
     records: list[Record] = []
     for partition in pending:
-        with writer.begin(partition) as out, memory_errors(plan):
+        with writer.begin(partition) as out, memory_errors(plan), compile_errors():
             records.append(run_partition(plan, extractor, out, advance))
         for sample in records[-1].samples:
             if sample.state == "failed":

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from mmdiff_cache.datasets.images import SPLIT, ImageFolder
+from mmdiff_cache.datasets.images import ImageFolder
+from mmdiff_cache.datasets.listed import DEFAULT_SPLIT
 from mmdiff_cache.datasets.registry import DATASETS, DatasetEntry
 from mmdiff_cache.records import Sample
 
@@ -37,7 +38,7 @@ ENTRY = DatasetEntry(
     name="strange",
     summary="pictures that one should not look at",
     open=lambda root, resolution: StrangeFolder(Path(str(root))),
-    splits={SPLIT: None},
+    splits={DEFAULT_SPLIT: None},
     backbone="flux-scenes",
     concepts={},
     needs_root=True,
