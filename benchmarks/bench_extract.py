@@ -27,6 +27,7 @@ from rounds import interleaved, publish, ratios
 import mmdiff_cache as mm
 from mmdiff_cache.backbones.base import Backbone
 from mmdiff_cache.backbones.flow_matching import add_noise, draw_batch
+from mmdiff_cache.backbones.info import BackboneInfo
 from mmdiff_cache.config import ExtractConfig
 from mmdiff_cache.extraction.cost import operations_a_sample, show_operations
 from mmdiff_cache.extraction.extractor import Extractor
@@ -70,6 +71,7 @@ def subject(config: ExtractConfig, backbone: Backbone | None) -> Subject:
     if backbone is None:
         extractor = load_extractor(plan.config, plan.backbone)
     else:
+        plan = with_shape(plan, backbone.info)
         extractor = Extractor(
             backbone,
             layers=plan.config.layers or (),
@@ -85,6 +87,16 @@ def subject(config: ExtractConfig, backbone: Backbone | None) -> Subject:
         extractor=extractor,
         samples=[sample for sample in loaded if isinstance(sample, PreparedSample)],
     )
+
+
+def with_shape(plan: ExtractionPlan, info: BackboneInfo) -> ExtractionPlan:
+    """A plan for FLUX.1 with another number of blocks and heads."""
+    vocabularies = [
+        replace(words, blocks=info.double_blocks, map_blocks=info.concept_blocks)
+        for words in plan.schema.vocabularies
+    ]
+    schema = replace(plan.schema, channels=info.channels, vocabularies=tuple(vocabularies))
+    return replace(plan, backbone=info, schema=schema)
 
 
 def batches(subject: Subject) -> list[Sequence[PreparedSample]]:
