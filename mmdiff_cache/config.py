@@ -195,6 +195,8 @@ class ExtractConfig(Config):
     """Concept vocabularies by name."""
     discriminative: tuple[str, ...] = ()
     """Encoders whose features are stored beside: names such as `dinov3-vitb16`, or folders."""
+    cross_attention: bool = False
+    """Whether the averaged attention of image to text is kept too, a map a double block (Paper: Tab. 5)."""
     resolution: int | None = None
     """Side of the square network input, in pixels."""
     fit: Fit = "squash"

@@ -112,6 +112,8 @@ class FeatureBatch:
     """[B h w P], the clean latent before noising, in tokens: the baseline that needs no transformer."""
     audit: NDArray[np.float32]
     """[B V T L statistic], see STATISTICS."""
+    cross_attention: NDArray[np.float32] | None = None
+    """[B V T block h w], the mean attention of each image token to a text token (Paper: Tab. 5)."""
     discriminative: Mapping[str, NDArray[np.float16]] = field(default_factory=dict[str, NDArray[np.float16]])
     """[B V L h w D] per encoder, with its own layers, grid and channels (Paper: Sec. 3.3)."""
     sigmas: NDArray[np.float32] | None = None

@@ -76,6 +76,9 @@ def extract(
     discriminative: Annotated[
         str | None, typer.Option(metavar="NAME,NAME", help="Encoders beside it: dinov3-vitb16, or folders.")
     ] = None,
+    cross_attention: Annotated[
+        bool | None, typer.Option("--cross-attention", help="Also keep averaged text-to-image attention.")
+    ] = None,
     resolution: Annotated[int | None, typer.Option(help="Side of the network input in pixels.")] = None,
     fit: Annotated[
         str | None, typer.Option(help="How a picture becomes square: squash, pad or crop.")
@@ -131,6 +134,7 @@ def extract(
         "timesteps": parse_numbers("--timesteps", timesteps),
         "concepts": parse_vocabularies(concepts),
         "discriminative": parse_list(discriminative),
+        "cross_attention": cross_attention,
         "resolution": resolution,
         "fit": fit,
         "batch_size": batch_size,

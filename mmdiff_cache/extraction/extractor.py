@@ -18,7 +18,7 @@ from mmdiff_cache.backbones.info import PATCH
 from mmdiff_cache.config import NoiseConfig
 from mmdiff_cache.encoders.dinov3 import DINOv3
 from mmdiff_cache.errors import ConfigError
-from mmdiff_cache.extraction import concept_attention
+from mmdiff_cache.extraction import concept_attention, cross_attention
 from mmdiff_cache.extraction.taps import capturing
 from mmdiff_cache.extraction.variants import PLAIN, as_variant
 from mmdiff_cache.records import STATISTICS, FeatureBatch, PreparedSample
@@ -37,6 +37,7 @@ class Captured:
     hidden_states: Float[Tensor, "B T L h w C"]
     """In the model's own dtype."""
     concept_scores: Mapping[str, Float32[Tensor, "B T block K h w"]]
+    cross_attention: Float32[Tensor, "B T block h w"] | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,6 +48,7 @@ class Observed:
     hidden_states: Float[Tensor, "B L h w C"]
     """In the model's own dtype."""
     concept_scores: Mapping[str, Float32[Tensor, "B block K h w"]]
+    cross_attention: Float32[Tensor, "B block h w"] | None
 
 
 class Extractor:
@@ -66,6 +68,7 @@ class Extractor:
         noise: NoiseConfig,
         guidance: float | None,
         variants: Sequence[Variant] = (PLAIN,),
+        cross_attention: bool = False,
         encoders: Sequence[DINOv3] = (),
     ) -> None:
         backbone.info.check_layers(layers)
@@ -80,6 +83,7 @@ class Extractor:
         self.encoders = tuple(encoders)
         self.turn = threading.Lock()
         """Held by the partition that computes, where several are in one process: taps follow one pass."""
+        self._cross_attention = cross_attention
         self._noise = noise
         self._guidance = guidance
         self._concepts = {name: backbone.embed_concepts(words) for name, words in self.vocabularies.items()}
@@ -101,6 +105,9 @@ class Extractor:
             concept_maps={name: value[:, None].cpu().numpy() for name, value in maps.items()},
             latents=captured.latents.cpu().numpy(),
             audit=audit[:, None].cpu().numpy(),
+            cross_attention=None
+            if captured.cross_attention is None
+            else captured.cross_attention[:, None].cpu().numpy(),
         )
 
     def discriminative(self, samples: Sequence[PreparedSample]) -> dict[str, NDArray[np.float16]]:
@@ -148,6 +155,9 @@ class Extractor:
                 name: rearrange(scores, "(B T) block K h w -> B T block K h w", B=batch)
                 for name, scores in seen.concept_scores.items()
             },
+            cross_attention=None
+            if seen.cross_attention is None
+            else rearrange(seen.cross_attention, "(B T) block h w -> B T block h w", B=batch),
         )
 
     def observe(
@@ -170,6 +180,7 @@ class Extractor:
                 modulation = self.backbone.concept_modulation(t, guidance)
                 reading = concept_attention.reading(blocks, self._concepts, modulation)
                 streams = stack.enter_context(reading)
+            attended = stack.enter_context(cross_attention.reading(blocks)) if self._cross_attention else {}
             taps = capturing(blocks, self.layers, text_tokens=text_tokens, image_tokens=height * width)
             outputs = stack.enter_context(taps)
             velocity = self.backbone.forward(noised, t, prompts, guidance)
@@ -181,6 +192,9 @@ class Extractor:
                 name: rearrange(list(stream.scores.values()), "block B K (h w) -> B block K h w", h=height)
                 for name, stream in streams.items()
             },
+            cross_attention=rearrange(list(attended.values()), "block B (h w) -> B block h w", h=height)
+            if attended
+            else None,
         )
 
 
@@ -189,6 +203,7 @@ def _side_by_side(variants: Sequence[FeatureBatch]) -> FeatureBatch:
     first = variants[0]
     if len(variants) == 1:
         return first
+    attended = [one.cross_attention for one in variants if one.cross_attention is not None]
     return FeatureBatch(
         hidden_states=np.concatenate([one.hidden_states for one in variants], axis=1),
         concept_scores={
@@ -201,6 +216,7 @@ def _side_by_side(variants: Sequence[FeatureBatch]) -> FeatureBatch:
         },
         latents=first.latents,
         audit=np.concatenate([one.audit for one in variants], axis=1),
+        cross_attention=np.concatenate(attended, axis=1) if attended else None,
     )
 
 

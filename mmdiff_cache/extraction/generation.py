@@ -140,6 +140,7 @@ class Painter:
                 name: torch.stack([one.concept_scores[name] for one in seen], dim=1)
                 for name in self.extractor.vocabularies
             },
+            cross_attention=_stacked([one.cross_attention for one in seen]),
         )
 
 
@@ -177,4 +178,10 @@ def _rows(seen: Observed, start: int) -> Observed:
         velocity=seen.velocity[start:].clone(),
         hidden_states=seen.hidden_states[start:].clone(),
         concept_scores={name: scores[start:].clone() for name, scores in seen.concept_scores.items()},
+        cross_attention=None if seen.cross_attention is None else seen.cross_attention[start:].clone(),
     )
+
+
+def _stacked(maps: Sequence[Tensor | None]) -> Tensor | None:
+    there = [each for each in maps if each is not None]
+    return torch.stack(there, dim=1) if there else None

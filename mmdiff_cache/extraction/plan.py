@@ -264,6 +264,7 @@ def _schema(config: ExtractConfig, info: BackboneInfo, dataset: Dataset) -> Stor
             Vocabulary(name=name, concepts=words, blocks=info.double_blocks, map_blocks=info.concept_blocks)
             for name, words in filled(config.concepts).items()
         ),
+        cross_attention=info.double_blocks if config.cross_attention else (),
         discriminative=tuple(
             Discriminative(name=e.name, layers=e.layers, grid=e.grid(resolution), channels=e.channels)
             for e in map(describe_encoder, config.discriminative)

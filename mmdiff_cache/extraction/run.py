@@ -158,6 +158,7 @@ def load_extractor(config: ExtractConfig, info: BackboneInfo, text: TextSource |
         noise=config.noise,
         guidance=config.guidance,
         variants=variants_of(config.draws, flip=config.flip),
+        cross_attention=config.cross_attention,
         encoders=[
             load_encoder(describe_encoder(name), device=backbone.device) for name in config.discriminative
         ],

@@ -141,5 +141,6 @@ def _row(features: FeatureBatch, position: int) -> FeatureBatch:
         latents=features.latents[row],
         audit=features.audit[row],
         discriminative={name: maps[row] for name, maps in features.discriminative.items()},
+        cross_attention=None if features.cross_attention is None else features.cross_attention[row],
         sigmas=None if features.sigmas is None else features.sigmas[row],
     )

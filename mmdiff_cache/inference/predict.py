@@ -72,6 +72,7 @@ class TrainedModel:
             layers=filled(self.config.layers),
             concepts=words,
             discriminative=self.encoders,
+            cross_attention=False,
             draws=1,
             flip=False,
             device=device_of(self.run),

@@ -57,6 +57,7 @@ def arrays(schema: "StoreSchema", samples: int) -> tuple[ArraySpec, ...]:
         *_sample_arrays(schema, samples),
         *_drawing_arrays(schema, samples),
         *(spec for words in schema.vocabularies for spec in _concept_arrays(schema, words, samples)),
+        *_cross_attention_arrays(schema, samples),
         *(spec for encoder in schema.discriminative for spec in _encoder_arrays(schema, encoder, samples)),
         *(spec for label in schema.labels for spec in _label_arrays(schema, label, samples)),
     )
@@ -226,6 +227,24 @@ def _concept_arrays(schema: "StoreSchema", words: "Vocabulary", samples: int) ->
         _small(
             schema, samples, f"{folder}/maps", "float32", {**variants, **maps}, map_note,
             fill=math.nan, single=2, map_blocks=averaged,
+        ),
+    )  # fmt: skip
+
+
+CROSS_ATTENTION = "cross_attention/maps"
+
+
+def _cross_attention_arrays(schema: "StoreSchema", samples: int) -> tuple[ArraySpec, ...]:
+    blocks = schema.cross_attention
+    if not blocks:
+        return ()
+    axes = {"variant": len(schema.variants), "timestep": len(schema.timesteps), "block": len(blocks)}
+    note = "attention weight of an image token on a text token, mean over heads and text tokens"
+    return (
+        _coordinate("cross_attention/block", "string", blocks, "block", "address of the double block"),
+        _small(
+            schema, samples, CROSS_ATTENTION, "float32", {**axes, **_grid(schema)}, note,
+            fill=math.nan, single=3,
         ),
     )  # fmt: skip
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from mmdiff_cache.errors import StoreError
 from mmdiff_cache.records import STATISTICS, FeatureBatch, LabelSpec, PreparedSample
 
-from .arrays import ArraySpec, discriminative_path
+from .arrays import CROSS_ATTENTION, ArraySpec, discriminative_path
 from .records import is_text
 from .schema import LabelArray, StoreSchema
 
@@ -28,6 +28,7 @@ def feature_arrays(features: FeatureBatch) -> dict[str, NDArray[Any]]:
         **{f"concepts/{name}/scores": scores for name, scores in features.concept_scores.items()},
         **{f"concepts/{name}/maps": maps for name, maps in features.concept_maps.items()},
         **{discriminative_path(name): maps for name, maps in features.discriminative.items()},
+        **({} if features.cross_attention is None else {CROSS_ATTENTION: features.cross_attention}),
     }
 
 
@@ -37,7 +38,7 @@ def check_batch(specs: Mapping[str, ArraySpec], features: FeatureBatch, samples:
     wanted = {
         p: s
         for p, s in specs.items()
-        if p in ("hidden_states", "latents", "audit", "sigma")
+        if p in ("hidden_states", "latents", "audit", "sigma", CROSS_ATTENTION)
         or p.startswith(("concepts/", "discriminative/"))
     }
     if given.keys() != wanted.keys():

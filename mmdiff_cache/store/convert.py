@@ -279,5 +279,8 @@ def _features(conversion: Conversion, reader: SplitReader, position: int) -> Fea
             )[None]
             for encoder in conversion.manifest.schema.discriminative
         },
+        cross_attention=np.stack([reader.cross_attention([position], timesteps, v)[0] for v in chosen])[None]
+        if schema.cross_attention
+        else None,
         sigmas=reader.sigmas([position])[:, kept[2].ravel()] if reader.drawn else None,
     )

@@ -205,7 +205,7 @@ def _unequal(part: Part, stored: Mapping[str, Any], asked: Mapping[str, Any]) ->
 
 
 def _contents(stored: StoreSchema, asked: StoreSchema) -> Iterator[Difference]:
-    for name in ("layers", "variants"):
+    for name in ("layers", "variants", "cross_attention"):
         have, want = getattr(stored, name), getattr(asked, name)
         if not set(want) <= set(have):
             yield Difference(part="contents", field=name, stored=have, asked=want)

@@ -90,6 +90,8 @@ class StoreSchema(Config):
     """Rows and columns of the network input, in pixels."""
     variants: tuple[Variant, ...] = (Variant(),)
     vocabularies: tuple[Vocabulary, ...] = ()
+    cross_attention: tuple[str, ...] = ()
+    """Double blocks whose averaged attention of image to text is stored."""
     discriminative: tuple[Discriminative, ...] = ()
     labels: tuple[LabelArray, ...] = ()
     partition_size: int = 64
@@ -108,6 +110,8 @@ class StoreSchema(Config):
             values = getattr(self, name)
             if not values or len(set(values)) != len(values):
                 raise ConfigError(f"{name} of a store must be distinct and at least one, got {values}")
+        if len(set(self.cross_attention)) != len(self.cross_attention):
+            raise ConfigError(f"cross_attention of a store repeats a block: {self.cross_attention}")
         for name in ("grid", "image_size"):
             _check_positive(name, *getattr(self, name), length=2)
         for name in ("channels", "latent_channels", "partition_size"):

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from mmdiff_cache.errors import ConfigError, DamageError, MMDiffError, StorageError
 from mmdiff_cache.records import LabelSpec
 
-from .arrays import ArraySpec, arrays, discriminative_path
+from .arrays import CROSS_ATTENTION, ArraySpec, arrays, discriminative_path
 from .chunks import ChunkReader
 from .evidence import Evidence
 from .manifest import Manifest
@@ -82,6 +82,11 @@ class SplitReader:
     def lossy(self) -> bool:
         """Whether hidden states were rounded to int8."""
         return self._schema.codec == "int8"
+
+    @property
+    def cross_attention_blocks(self) -> tuple[str, ...]:
+        """Double blocks whose averaged cross-attention is stored."""
+        return self._schema.cross_attention
 
     @property
     def drawn(self) -> bool:
@@ -231,6 +236,22 @@ class SplitReader:
         """Shares of the concepts at every token, [B K h w]: mean over map_blocks and all stored timesteps."""
         path = f"concepts/{self._vocabulary(vocabulary)}/maps"
         return self._rows(path, samples, self._variant(variant))
+
+    def cross_attention(
+        self, samples: Sequence[int], timesteps: Sequence[float] | None = None, variant: int = 0
+    ) -> NDArray[np.float32]:
+        """Attention of image to text of every stored block, [B T block h w] (Paper: Tab. 5).
+
+        Raises ConfigError where none was kept.
+        """
+        if CROSS_ATTENTION not in self._specs:
+            raise ConfigError(f"{self.path} has no cross-attention maps; extract with --cross-attention")
+        self._evidence.require(samples)
+        steps, variant = self._steps(timesteps), self._variant(variant)
+        out = np.empty((len(samples), len(steps), *self._specs[CROSS_ATTENTION].shape[3:]), np.float32)
+        pairs = product(enumerate(samples), enumerate(steps))
+        self._fill(CROSS_ATTENTION, [((n, variant, t), out[row, i]) for (row, n), (i, t) in pairs])
+        return out
 
     def discriminative_features(
         self, name: str, samples: Sequence[int], variant: int = 0

@@ -186,6 +186,8 @@ def short_text(store: Store) -> str:
     lines.append(f"  {_count(schema.layers, 'layer')} ({', '.join(schema.layers)}) of {grid} {dtype}")
     lines.append(f"  {_count(schema.timesteps, 'timestep')} ({steps})")
     lines += [f"  concepts {words.name}: {', '.join(words.concepts)}" for words in schema.vocabularies]
+    if schema.cross_attention:
+        lines.append(f"  cross-attention of {', '.join(schema.cross_attention)}")
     lines += [f"  discriminative {encoder}" for encoder in schema.discriminative]
     if schema.labels:
         lines.append(f"  labels {', '.join(f'{x.spec.name} ({x.spec.kind})' for x in schema.labels)}")

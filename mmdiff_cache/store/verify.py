@@ -258,6 +258,7 @@ def _sample_fault(reader: SplitReader, damaged: set[str], label_set: str | None,
         _wrong_identity,
         _wrong_features,
         _wrong_concepts,
+        _wrong_cross_attention,
         _wrong_discriminative,
         _wrong_labels,
     )
@@ -327,6 +328,14 @@ def _wrong_concepts(reader: SplitReader, sample: int) -> str | None:
             shares = reader.concept_maps(name, [sample], variant)[0].sum(axis=0)
             if not np.abs(shares - 1).max() <= SUM_TOLERANCE:
                 return f"concept maps of {name} do not add up to 1"
+    return None
+
+
+def _wrong_cross_attention(reader: SplitReader, sample: int) -> str | None:
+    for variant in range(len(reader.variants) if reader.cross_attention_blocks else 0):
+        maps = reader.cross_attention([sample], variant=variant)
+        if not ((maps >= 0) & (maps <= 1)).all():
+            return "cross-attention maps have values that are no weights"
     return None
 
 

@@ -1,16 +1,25 @@
 """Averaged cross-attention against the attention weights themselves, formed the slow way."""
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import zarr
 from torch import Tensor
 
 from mmdiff_cache.backbones.base import Backbone
 from mmdiff_cache.backbones.registry import describe, load_backbone
+from mmdiff_cache.config import ExtractConfig
+from mmdiff_cache.errors import ConfigError, StoreError
 from mmdiff_cache.extraction.cross_attention import reading
+from mmdiff_cache.extraction.run import extract
 from mmdiff_cache.extraction.taps import capturing
+from mmdiff_cache.store.convert import Selection, convert, plan_conversion
+from mmdiff_cache.store.verify import verify
 from tests.tiny_flux import save_tiny_flux
 from tests.tiny_sd3 import save_tiny_sd3
 
@@ -80,3 +89,36 @@ def test_the_model_never_knows_of_it(backbone: Backbone) -> None:
     assert all(torch.equal(blocks[address], same_blocks[address]) for address in blocks)
     again, _, _, _ = run(backbone, read=False)
     assert torch.equal(plain, again)
+
+
+def test_a_store_keeps_it_beside_the_rest(tiny_flux_folder: Path, tmp_path: Path) -> None:
+    """Written, read by plain zarr, verified, converted; asked of a store without it, refused by name."""
+    config = ExtractConfig(
+        splits=("val",),
+        limit=3,
+        resolution=32,
+        batch_size=2,
+        partition_size=2,
+        backbone=str(tiny_flux_folder),
+        store=str(tmp_path / "store"),
+        cross_attention=True,
+        flip=True,
+    )
+    store = extract(config)
+    reader = store["val"]
+    maps = reader.cross_attention([0, 2], timesteps=[0.26], variant=1)
+    plain = zarr.open_group(store.path / "val.zarr", mode="r")["cross_attention/maps"]
+    assert plain.metadata.dimension_names == (
+        "sample", "variant", "timestep", "block", "height", "width",
+    )  # fmt: skip
+    np.testing.assert_array_equal(maps[:, 0], np.asarray(plain[:])[[0, 2], 1, reader.timestep_index(0.26)])
+    assert verify(store.path).sound
+    smaller = convert(
+        plan_conversion(store.path, tmp_path / "small", Selection(timesteps=(0.26,), variants=[1]))
+    )
+    np.testing.assert_array_equal(smaller["val"].cross_attention([0, 2]), maps)
+    bare = extract(replace(config, store=str(tmp_path / "bare"), cross_attention=False))
+    with pytest.raises(ConfigError, match="extract with --cross-attention"):
+        bare["val"].cross_attention([0])
+    with pytest.raises(StoreError, match="cross_attention"):
+        extract(replace(config, store=str(bare.path)))
