@@ -154,6 +154,8 @@ class GenerationConfig(Config):
     """Classifier-free guidance with a second pass of the model; 1 is without. By default the backbone's."""
     negative_prompt: str | None = None
     """What that second pass is told; by default nothing."""
+    inserted: tuple[float, ...] | None = None
+    """Noise levels put into the schedule in mode `trajectory`; by default the timesteps."""
     seed: int = 0
     """Of the noise that pictures are drawn from, where a prompt has no seed of its own."""
 

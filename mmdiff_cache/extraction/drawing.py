@@ -41,6 +41,8 @@ def resolve_generation(
     )
     if resolved.contrasts:
         resolved = replace(resolved, negative_prompt=chosen.negative_prompt or "")
+    if resolved.mode == "trajectory":
+        resolved = replace(resolved, inserted=chosen.inserted or config.timesteps or info.timesteps)
     _check(config, resolved, info, guidance)
     return resolved
 
@@ -57,6 +59,13 @@ def _check(
         raise ConfigError(
             f"a negative prompt needs generation.true_cfg_scale above 1, got {generation.true_cfg_scale:g}"
         )
+    missing = set(config.timesteps or info.timesteps) - set(generation.inserted or ())
+    if generation.mode == "trajectory" and missing:
+        raise ConfigError(
+            f"mode trajectory captures at inserted levels; generation.inserted lacks {min(missing):g}"
+        )
+    if generation.mode != "trajectory" and generation.inserted:
+        raise ConfigError(f"generation.inserted is for mode trajectory, not {generation.mode}")
     if generation.mode == "renoise":
         return
     if generation.guidance != guidance:
@@ -83,7 +92,11 @@ def generation_identity(config: GenerationConfig, folder: Path) -> dict[str, Any
         "guidance": config.guidance,
         "true_cfg_scale": config.true_cfg_scale,
     }
-    return known | ({"negative_prompt": config.negative_prompt} if config.contrasts else {})
+    if config.contrasts:
+        known["negative_prompt"] = config.negative_prompt
+    if config.inserted is not None:  # they decide the picture, also where fewer are captured
+        known["inserted"] = list(config.inserted)
+    return known
 
 
 def _scheduler(folder: Path) -> dict[str, Any]:

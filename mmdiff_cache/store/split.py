@@ -281,14 +281,11 @@ class SplitReader:
 
     def generation_seeds(self, samples: Sequence[int]) -> NDArray[np.int64]:
         """Seeds of the noise that pictures were drawn from, [B]. Raises ConfigError where none was drawn."""
-        return self._rows(self._of_drawing("generation_seed"), samples)
+        return self._rows("generation_seed", samples)
 
     def sigmas(self, samples: Sequence[int]) -> NDArray[np.float32]:
-        """The noise level at which each stored timestep was captured, [B T]: t itself, but in mode `nearest`.
-
-        Raises ConfigError where no picture was drawn.
-        """
-        return self._rows(self._of_drawing("sigma"), samples)
+        """The noise level at which each timestep was captured, [B T]: t itself, but in mode `nearest`."""
+        return self._rows("sigma", samples)
 
     def stored_ids(self, samples: Sequence[int]) -> list[str]:
         """The ids as the store's own array has them; `ids` are those of the manifest."""
@@ -338,13 +335,10 @@ class SplitReader:
             raise ConfigError(f"label set {name!r} is not in {self.path}; stored: {stored}")
         return name
 
-    def _of_drawing(self, path: str) -> str:
-        if not self._schema.drawn:
-            raise ConfigError(f"{self.path} has no {path}: its pictures were not drawn from prompts")
-        return path
-
     def _rows(self, path: str, samples: Sequence[int], variant: int | None = None) -> NDArray[Any]:
         """Rows of a small array."""
+        if path not in self._specs:
+            raise ConfigError(f"{self.path} has no {path}: its pictures were not drawn from prompts")
         self._evidence.require(samples)
         spec = self._specs[path]
         inner = spec.shape[1:] if variant is None else spec.shape[2:]

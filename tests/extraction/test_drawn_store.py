@@ -142,10 +142,27 @@ def test_a_converted_store_keeps_seeds_and_levels(drawn: ExtractConfig, tmp_path
     assert verify(smaller.path).sound
 
 
+def test_fewer_timesteps_of_a_trajectory_are_of_the_same_pictures(
+    drawn: ExtractConfig, tmp_path: Path
+) -> None:
+    """Levels that are no longer stored were still in the schedule, when a converted store is mended too."""
+    store = extract(edited(drawn, mode="trajectory"))
+    smaller = convert(plan_conversion(store.path, tmp_path / "smaller", Selection(timesteps=[0.1])))
+    next(smaller.path.glob("all.zarr/hidden_states/c.1.*")).write_bytes(b"damage")
+    assert repair(smaller.path).sound
+    mended, whole = open_store(smaller.path)["all"], store["all"]
+    np.testing.assert_array_equal(mended.images([0, 1]), whole.images([0, 1]))
+    np.testing.assert_array_equal(mended.latents([0, 1]), whole.latents([0, 1]))
+    np.testing.assert_array_equal(mended.hidden_states([0, 1]), whole.hidden_states([0, 1], [0.1]))
+    with pytest.raises(StoreError, match=r"generation.inserted is 0.5, 0.1 in the store, 0.1 was asked"):
+        extract(replace(edited(drawn, mode="trajectory"), timesteps=(0.1,)))
+
+
 @pytest.mark.parametrize(
     ("changes", "field"),
     [
-        ({"mode": "trajectory"}, "generation.mode is renoise in the store, trajectory was asked"),
+        ({"mode": "nearest"}, "generation.mode is renoise in the store, nearest was asked"),
+        ({"mode": "trajectory"}, "and 1 more: generation.mode"),
         ({"steps": 3}, "generation.steps is 2 in the store, 3 was asked"),
         ({"guidance": 2.0}, "generation.guidance is 3.5 in the store"),
         (
@@ -210,6 +227,11 @@ def test_defaults_come_from_the_backbone(drawn: ExtractConfig, tmp_path: Path) -
             {"generation": GenerationConfig(mode="trajectory"), "noise": NoiseConfig(seed=3)},
             "noises nothing, so leave out 'noise'",
         ),
+        (
+            {"generation": GenerationConfig(mode="trajectory", inserted=(0.5,))},
+            "generation.inserted lacks 0.1",
+        ),
+        ({"generation": GenerationConfig(inserted=(0.5,))}, "inserted is for mode trajectory, not renoise"),
         ({"generation": GenerationConfig(negative_prompt="far")}, "needs generation.true_cfg_scale above 1"),
     ],
 )
