@@ -9,34 +9,31 @@ from diffusers.models.transformers.transformer_flux import FluxTransformer2DMode
 from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 
-from mmdiff_cache.backbones.base import PromptEmbeddings
 from mmdiff_cache.backbones.flux import FluxBackbone
 from mmdiff_cache.backbones.info import default_concept_blocks, default_layers
 from mmdiff_cache.backbones.pipeline import choose_device
 from mmdiff_cache.backbones.registry import describe
+from mmdiff_cache.backbones.text import TextSource
 
-HEAD = 128
-"""Channels of a head of FLUX.1."""
-
-
-class RandomFlux(FluxBackbone):
-    """A FluxBackbone without text encoders: prompts and concepts are random vectors of the right shape."""
-
-    def encode_prompts(self, prompts: "list[str]") -> PromptEmbeddings:  # type: ignore[override]
-        generator = torch.Generator().manual_seed(0)
-        text = torch.randn(1, self._text_length, 4096, generator=generator).to(self.device, self.dtype)
-        pooled = torch.randn(1, 768, generator=generator).to(self.device, self.dtype)
-        return PromptEmbeddings(
-            tokens=text.expand(len(prompts), -1, -1), pooled=pooled.expand(len(prompts), -1)
-        )
-
-    def embed_concepts(self, words: "list[str]") -> torch.Tensor:  # type: ignore[override]
-        generator = torch.Generator().manual_seed(1)
-        vectors = torch.randn(len(words), 4096, generator=generator).to(self.device, self.dtype)
-        return self._transformer.context_embedder(vectors)
+HEAD, WIDTH, POOLED = 128, 4096, 768
+"""Channels of a head of FLUX.1, of a T5 vector, of the pooled CLIP vector."""
 
 
-def random_flux(heads: int, blocks: tuple[int, int], device: str) -> RandomFlux:
+class RandomText(TextSource):
+    """Random vectors of the right shape in the place of text encoders."""
+
+    def __init__(self, length: int, device: torch.device, dtype: torch.dtype) -> None:
+        super().__init__()
+        self._length, self._place = length, {"device": device, "dtype": dtype}
+
+    def word(self, word: str) -> torch.Tensor:
+        return torch.randn(WIDTH).to(**self._place)
+
+    def _encode(self, prompt: str) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.randn(1, self._length, WIDTH).to(**self._place), torch.randn(1, POOLED).to(**self._place)
+
+
+def random_flux(heads: int, blocks: tuple[int, int], device: str) -> FluxBackbone:
     """FLUX.1-dev's transformer and VAE with random weights: bfloat16 on a GPU, float32 on the CPU."""
     chosen = choose_device(device)
     dtype = torch.bfloat16 if chosen.type == "cuda" else torch.float32
@@ -83,4 +80,5 @@ def random_flux(heads: int, blocks: tuple[int, int], device: str) -> RandomFlux:
         layers=default_layers(shape),
         concept_blocks=default_concept_blocks(shape),
     )
-    return RandomFlux(info, pipeline, folder=Path(), text_length=info.text_length)
+    text = RandomText(info.text_length, chosen, dtype)
+    return FluxBackbone(info, pipeline, folder=Path(), text=text)

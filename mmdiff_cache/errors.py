@@ -9,6 +9,9 @@
     |   `-- StoreIncomplete            2  samples that were never finished
     |-- StorageError(OSError)          4  the file system failed under way: disk full, input/output error
     |   `-- StorageRefused             2  the chosen place cannot be used: too little room, no permission
+    |-- ExtractionError(RuntimeError)  3  partitions that could not be extracted; all others are finished
+    |-- ClusterError(RuntimeError)     5  the cluster was lost under way
+    |   `-- ClusterRefused             2  a cluster that cannot do the work: no workers, or unfit ones
     |-- CheckpointError(RuntimeError)  2  a checkpoint that does not fit the store, the task or the code
     `-- TrainingError(RuntimeError)    1  a training whose loss is no longer a number
 
@@ -58,6 +61,24 @@ class StorageError(MMDiffError, OSError):
 
 class StorageRefused(StorageError):
     """The chosen place cannot be used: too little room, no permission, a file where a folder must be."""
+
+    exit_code = 2
+
+
+class ExtractionError(MMDiffError, RuntimeError):
+    """Partitions could not be extracted, again and again; all others are finished."""
+
+    exit_code = 3
+
+
+class ClusterError(MMDiffError, RuntimeError):
+    """The cluster was lost under way: its scheduler or all of its workers."""
+
+    exit_code = 5
+
+
+class ClusterRefused(ClusterError):
+    """A cluster cannot do the work: no scheduler, no workers, or workers that do not fit."""
 
     exit_code = 2
 

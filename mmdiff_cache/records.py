@@ -67,6 +67,26 @@ class PreparedSample:
     """[H0 W0] as distributed; evaluation happens there."""
     content_hash: str
     """SHA-256 (hex) of the original picture and labels: tells whether a source file changed."""
+    generation_seed: int | None = None
+    """Seed with which the picture was drawn; None for one that was there."""
+
+
+LARGEST_SEED = 2**63 - 1
+"""A seed is stored as int64."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PictureRequest:
+    """A picture to be drawn: what stands in a sample's place before it has one."""
+
+    sample_id: str
+    prompt: str
+    seed: int
+
+    @property
+    def content_hash(self) -> str:
+        """SHA-256 (hex) of prompt and seed, which are all that the picture's source is."""
+        return hashlib.sha256(f"mmdiff-cache prompt 1\0{self.seed}\0{self.prompt}".encode()).hexdigest()
 
 
 STATISTICS = ("mean", "rms", "max_abs", "entropy", "clipped", "flushed", "non_finite")
@@ -94,6 +114,8 @@ class FeatureBatch:
     """[B V T L statistic], see STATISTICS."""
     discriminative: Mapping[str, NDArray[np.float16]] = field(default_factory=dict[str, NDArray[np.float16]])
     """[B V L h w D] per encoder, with its own layers, grid and channels (Paper: Sec. 3.3)."""
+    sigmas: NDArray[np.float32] | None = None
+    """[B T], the noise level at which each map was really captured; given where pictures were drawn."""
 
 
 def noise_key(seed: int, sample_id: str, draw: int) -> tuple[int, int]:
@@ -102,11 +124,28 @@ def noise_key(seed: int, sample_id: str, draw: int) -> tuple[int, int]:
     It depends on the run's seed, the sample's id and the number of the draw alone, so the noise is the same
     whatever the batch, the worker or the order. docs/cache-format.md states the same rule in words.
     """
-    digest = hashlib.sha256(f"mmdiff-cache noise 1\0{seed}\0{sample_id}\0{draw}".encode()).digest()
-    return int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:16], "little")
+    return _philox_key(f"mmdiff-cache noise 1\0{seed}\0{sample_id}\0{draw}")
 
 
 def draw_noise(seed: int, sample_id: str, draw: int, shape: tuple[int, ...]) -> NDArray[np.float32]:
     """Standard normal noise in float32, drawn on the CPU in the shape of the unpacked latent [c H/f W/f]."""
-    key = np.array(noise_key(seed, sample_id, draw), dtype=np.uint64)
-    return np.random.Generator(np.random.Philox(key=key)).standard_normal(shape, dtype=np.float32)
+    return _normal(noise_key(seed, sample_id, draw), shape)
+
+
+def draw_start(seed: int, sample_id: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """The noise from which a picture is drawn, in the same form as `draw_noise`.
+
+    Its key is another one for the same seed: a picture noised with what it was drawn from would just go back
+    along its own path, which no head was trained on.
+    """
+    return _normal(_philox_key(f"mmdiff-cache start 1\0{seed}\0{sample_id}"), shape)
+
+
+def _philox_key(text: str) -> tuple[int, int]:
+    digest = hashlib.sha256(text.encode()).digest()
+    return int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:16], "little")
+
+
+def _normal(key: tuple[int, int], shape: tuple[int, ...]) -> NDArray[np.float32]:
+    philox = np.random.Philox(key=np.array(key, dtype=np.uint64))
+    return np.random.Generator(philox).standard_normal(shape, dtype=np.float32)

@@ -30,6 +30,10 @@ def test_the_store_and_the_data_sets_load_no_torch(module: str) -> None:
     assert not loaded_by(f"import mmdiff_cache.{module}") & {"torch", *BACKBONE_SIDE}
 
 
+def test_stage_one_loads_dask_only_where_there_is_a_cluster() -> None:
+    assert not loaded_by("import mmdiff_cache.extraction.run") & {"dask", "distributed"}
+
+
 @pytest.mark.parametrize("module", ["training.run", "training.evaluate", "loader", "tasks"])
 def test_stage_two_loads_no_backbone(module: str) -> None:
     assert not loaded_by(f"import mmdiff_cache.{module}") & BACKBONE_SIDE

@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
+import numpy as np
 import torch
 from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
 from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
@@ -12,8 +13,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mmdiff_cache.backbones.base import BlockSlot, PromptEmbeddings
-from mmdiff_cache.backbones.info import PATCH, BackboneInfo, DTypeName
-from mmdiff_cache.backbones.pipeline import PipelineBackbone, check_plain, load_pipeline
+from mmdiff_cache.backbones.info import PATCH, BackboneInfo, DTypeName, Quantisation
+from mmdiff_cache.backbones.pipeline import PipelineBackbone, check_plain, load_pipeline, load_text_pipeline
+from mmdiff_cache.backbones.text import EncoderText, TextSource
 from mmdiff_cache.errors import ConfigError
 
 
@@ -45,6 +47,16 @@ class FluxBackbone(PipelineBackbone):
             velocity, "B (h w) (c dy dx) -> B c (h dy) (w dx)", h=height, w=width, dy=PATCH, dx=PATCH
         )
 
+    @property
+    def contrast_in_one_pass(self) -> bool:
+        return False
+
+    def sampler_time(self, sigma: Float[Tensor, ""]) -> Float[Tensor, ""]:
+        return (sigma * 1000).to(self.dtype) / 1000
+
+    def _schedule(self, steps: int) -> dict[str, Any]:
+        return {"sigmas": list(np.linspace(1.0, 1 / steps, steps))}
+
     @torch.inference_mode()
     def concept_modulation(self, t: Float[Tensor, " B"], guidance: float | None) -> Float[Tensor, "B C"]:
         config = self._transformer.config
@@ -61,16 +73,6 @@ class FluxBackbone(PipelineBackbone):
             raise ConfigError(f"{self.info.name} takes a guidance scale; its default is {self.info.guidance}")
         return torch.full((batch,), guidance, device=self.device, dtype=torch.float32)
 
-    def _encode(self, prompt: str) -> tuple[Tensor, Tensor]:
-        tokens, pooled, _ = self._pipeline.encode_prompt(
-            prompt=prompt, prompt_2=prompt, device=self.device, max_sequence_length=self._text_length
-        )
-        return cast(Tensor, tokens), cast(Tensor, pooled)
-
-    def _pieces(self, word: str) -> Float[Tensor, "piece E"]:
-        count = len(self._pipeline.tokenizer_2(word, add_special_tokens=False).input_ids)
-        return self._encode_prompt(word)[0][0, :count]
-
     def _list_blocks(self) -> dict[str, BlockSlot]:
         return {
             f"{kind}.{index}": BlockSlot(block=block, container=container, index=index)
@@ -82,6 +84,21 @@ class FluxBackbone(PipelineBackbone):
         }
 
 
+class FluxText(EncoderText):
+    """T5 for the tokens, CLIP for the pooled vector."""
+
+    @torch.inference_mode()
+    def _encode(self, prompt: str) -> tuple[Tensor, Tensor]:
+        tokens, pooled, _ = self._pipeline.encode_prompt(
+            prompt=prompt, prompt_2=prompt, device=self.device, max_sequence_length=self._text_length
+        )
+        return cast(Tensor, tokens), cast(Tensor, pooled)
+
+    def _pieces(self, word: str) -> Float[Tensor, "piece E"]:
+        count = len(self._pipeline.tokenizer_2(word, add_special_tokens=False).input_ids)
+        return self.prompt(word)[0][0, :count]
+
+
 def load_flux(
     info: BackboneInfo,
     folder: Path,
@@ -89,7 +106,9 @@ def load_flux(
     layers: Sequence[str] | None,
     device: str | torch.device,
     dtype: DTypeName,
+    quantisation: Quantisation,
     text_length: int,
+    text: TextSource | None,
 ) -> FluxBackbone:
     """Load a FluxPipeline folder; see `registry.load_backbone`."""
     depth = _single_blocks_needed(info, layers)
@@ -100,9 +119,20 @@ def load_flux(
         FluxTransformer2DModel,
         device=device,
         dtype=dtype,
+        quantisation=quantisation,
+        with_text=text is None,
         num_single_layers=depth,
     )
-    return FluxBackbone(info, pipeline, folder=folder, text_length=text_length)
+    text = text or FluxText(pipeline, device=pipeline.device, text_length=text_length)
+    return FluxBackbone(info, pipeline, folder=folder, text=text)
+
+
+def load_flux_text(
+    info: BackboneInfo, folder: Path, *, device: str | torch.device, dtype: DTypeName, text_length: int
+) -> FluxText:
+    """Load the text encoders alone."""
+    pipeline = load_text_pipeline(info, folder, FluxPipeline, device=device, dtype=dtype)
+    return FluxText(pipeline, device=pipeline.device, text_length=text_length)
 
 
 def _single_blocks_needed(info: BackboneInfo, layers: Sequence[str] | None) -> int:

@@ -1,5 +1,6 @@
 """What is known of a backbone before its weights are read. Needs no torch, so that a plan costs nothing."""
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
@@ -7,9 +8,15 @@ from typing import Literal
 from mmdiff_cache.errors import ConfigError
 
 DTypeName = Literal["float32", "bfloat16"]
+Quantisation = Literal["none", "float8"]
+"""How the transformer's weights lie in memory; `float8`: e4m3, cast to the dtype layer by layer."""
 
+NATIVE, XFORMERS = "native", "xformers"
+"""The attention backends that every family can use."""
 PATCH = 2
 """Side of the square of latent pixels that one token packs; fixed in every FLUX.1 and SD3 pipeline."""
+STEPS = 28
+"""Default of both pipelines in diffusers."""
 TIMESTEPS = (0.78, 0.52, 0.26, 0.001)
 """Paper: Sec. 3.1."""
 PAPER_SINGLE_LAYERS, PAPER_SINGLE_BLOCKS = (4, 15, 26, 37), 38
@@ -33,6 +40,9 @@ class Architecture:
     """Pixels along one side of a latent pixel."""
     guidance_embeds: bool
     """Whether the model takes the guidance scale as an input (guidance distilled)."""
+    text_channels: int
+    """E, the width of a text token before the model's own embedding."""
+    pooled_channels: int
     clip_tokens: int = 0
     """Text tokens that stand before those of T5."""
 
@@ -60,11 +70,21 @@ class BackboneInfo:
     """D of stage two; smaller than C. Paper: Sec. 3.1."""
     dtype: DTypeName
     licence: str
+    steps: int = STEPS
+    """Steps in which a picture is drawn."""
+    true_cfg_scale: float = 1.0
+    """Strength of classifier-free guidance by a second pass of the model; 1 is without."""
 
     @property
     def channels(self) -> int:
         """C."""
         return self.architecture.channels
+
+    def prompt_bytes(self, text_length: int, dtype: DTypeName) -> int:
+        """Size of one encoded prompt."""
+        shape = self.architecture
+        values = (shape.clip_tokens + text_length) * shape.text_channels + shape.pooled_channels
+        return values * (4 if dtype == "float32" else 2)
 
     @property
     def packed_channels(self) -> int:
@@ -102,6 +122,11 @@ class BackboneInfo:
         height, width = self.token_grid(resolution)
         return self.architecture.latent_channels, height * PATCH, width * PATCH
 
+    def check_attention(self, name: str) -> None:
+        """Raise ConfigError for a backend that this family has no way to use; others are tried at loading."""
+        if self.architecture.pipeline == "StableDiffusion3Pipeline" and name not in (NATIVE, XFORMERS):
+            raise ConfigError(f"{self.name} computes attention by {NATIVE} or {XFORMERS} only, got {name!r}")
+
     def check_layers(self, layers: Iterable[str]) -> None:
         """Raise ConfigError for an address that no block has."""
         for layer in layers:
@@ -110,6 +135,12 @@ class BackboneInfo:
                     f"{kind[0]}..{kind[-1]}" for kind in (self.double_blocks, self.single_blocks) if kind
                 )
                 raise ConfigError(f"layer {layer} is not a block of {self.name} ({ranges})")
+
+
+def default_attention(info: BackboneInfo) -> str:
+    """Diffusers' own default, which an environment variable may set, where the family heeds it."""
+    heeds = info.architecture.pipeline == "FluxPipeline"
+    return os.environ.get("DIFFUSERS_ATTN_BACKEND", NATIVE).lower() if heeds else NATIVE
 
 
 def same_depth(layers: tuple[int, ...], of: int, count: int) -> tuple[int, ...]:

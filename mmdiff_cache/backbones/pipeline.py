@@ -1,6 +1,7 @@
 """What FLUX and SD3 have in common as pipelines of diffusers: loading, the VAE, prompts, refusals."""
 
 import logging
+import math
 import warnings
 from abc import abstractmethod
 from collections.abc import Generator, Mapping, Sequence
@@ -10,7 +11,9 @@ from typing import Any, cast
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from diffusers.utils import logging as diffusers_logging
 from einops import rearrange
 from jaxtyping import Float, UInt8
@@ -18,59 +21,54 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
-from mmdiff_cache.backbones.base import Backbone, BlockSlot, PromptEmbeddings
-from mmdiff_cache.backbones.info import PATCH, BackboneInfo, DTypeName
-from mmdiff_cache.backbones.weights import hash_weights, models_of
+from mmdiff_cache.backbones.attention import use_attention
+from mmdiff_cache.backbones.base import Backbone, BlockSlot, PromptEmbeddings, Sampler
+from mmdiff_cache.backbones.info import PATCH, BackboneInfo, DTypeName, Quantisation
+from mmdiff_cache.backbones.text import TextSource
+from mmdiff_cache.backbones.weights import hash_weights, text_parts_of
 from mmdiff_cache.errors import BackboneError, ConfigError
 
 logger = logging.getLogger(__name__)
 
 DTYPES: Mapping[DTypeName, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-PROMPT_CACHE = 64
-"""Encoded prompts kept; one of FLUX.1-dev takes 4 MiB."""
+FLOAT8 = torch.float8_e4m3fn
 
 
 class PipelineBackbone(Backbone):
     """A diffusers pipeline whose transformer may lack its last blocks."""
 
-    def __init__(self, info: BackboneInfo, pipeline: Any, *, folder: Path, text_length: int) -> None:
+    def __init__(self, info: BackboneInfo, pipeline: Any, *, folder: Path, text: TextSource) -> None:
         self.info = info
-        self._pipeline = pipeline
-        self._folder = folder
+        self._folder, self._text = folder, text
         self._transformer: Any = pipeline.transformer
         self._vae = cast(AutoencoderKL, pipeline.vae)
+        self._scheduler: Any = pipeline.scheduler
         self.device = cast(torch.device, self._transformer.device)
         self.dtype = cast(torch.dtype, self._transformer.dtype)
-        self._text_length = text_length
-        self._prompts: dict[str, tuple[Tensor, Tensor]] = {}
         self._blocks = self._list_blocks()
-        for name in models_of(info.architecture.pipeline):
+        for name in ("transformer", "vae"):
             cast(nn.Module, getattr(pipeline, name)).requires_grad_(False).eval()
 
     @abstractmethod
     def _list_blocks(self) -> dict[str, BlockSlot]:
         """The transformer's blocks by address, in the order in which they run."""
 
-    @abstractmethod
-    def _encode(self, prompt: str) -> tuple[Tensor, Tensor]:
-        """One prompt: the vectors of its tokens [1 S E] and the pooled one [1 E_pooled]."""
-
-    @abstractmethod
-    def _pieces(self, word: str) -> Float[Tensor, "piece E"]:
-        """The T5 vectors of a word's own pieces, without the end marker; none for a word without tokens."""
-
     @property
     def blocks(self) -> Mapping[str, BlockSlot]:
         return self._blocks
 
     def identity(self) -> dict[str, str]:
-        quantisation = getattr(self._transformer.config, "quantization_config", None) or {}
         return {
             "pipeline": self.info.architecture.pipeline,
             "weights_sha256": hash_weights(self._folder),
             "dtype": str(self.dtype).removeprefix("torch."),
-            "quantisation": str(quantisation.get("quant_method", "none")),
+            "quantisation": quantisation_of(self._transformer),
         }
+
+    def use_attention(self, name: str) -> None:
+        self.info.check_attention(name)
+        with quiet_loading():
+            use_attention(self._transformer, name)
 
     @torch.inference_mode()
     def encode_image(self, images: UInt8[Tensor, "B H W 3"]) -> Float[Tensor, "B c H_f W_f"]:
@@ -81,12 +79,46 @@ class PipelineBackbone(Backbone):
         config = cast(Any, self._vae.config)
         return (posterior.mode() - (config.shift_factor or 0.0)) * config.scaling_factor
 
+    @torch.inference_mode()
+    def decode_latent(self, latent: Float[Tensor, "B c H_f W_f"]) -> UInt8[Tensor, "B H W 3"]:
+        config = cast(Any, self._vae.config)
+        scaled = latent.to(self.device, torch.float32) / config.scaling_factor + (config.shift_factor or 0.0)
+        with _full_precision_convolutions():
+            pixels = cast(Tensor, self._vae.decode(scaled, return_dict=False)[0])
+        levels = ((pixels * 0.5 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+        return rearrange(levels, "B rgb H W -> B H W rgb")
+
+    def sampler(self, steps: int, resolution: int) -> Sampler:
+        given = self._scheduler
+        if type(given) is not FlowMatchEulerDiscreteScheduler or cast(Any, given.config).stochastic_sampling:
+            raise BackboneError(
+                f"pictures are drawn with a FlowMatchEulerDiscreteScheduler without stochastic_sampling; "
+                f"{self.info.name} has a {type(given).__name__}, which is set in its scheduler_config.json"
+            )
+        scheduler: Any = FlowMatchEulerDiscreteScheduler.from_config(given.config)
+        config = scheduler.config
+        shift = cast(Any, calculate_shift)(
+            math.prod(self.info.token_grid(resolution)),
+            config.base_image_seq_len,
+            config.max_image_seq_len,
+            config.base_shift,
+            config.max_shift,
+        )
+        mu = {"mu": shift} if config.use_dynamic_shifting else {}
+        scheduler.set_timesteps(**self._schedule(steps), **mu, device=self.device)
+        scheduler.set_begin_index(0)
+        return cast(Sampler, scheduler)
+
+    @abstractmethod
+    def _schedule(self, steps: int) -> dict[str, Any]:
+        """What the pipeline hands to `set_timesteps`, beside the shift for the number of tokens."""
+
     def pack(self, latent: Float[Tensor, "B c H_f W_f"]) -> Float[Tensor, "B h w P"]:
         return rearrange(latent, "B c (h dy) (w dx) -> B h w (c dy dx)", dy=PATCH, dx=PATCH)
 
     @torch.inference_mode()
     def encode_prompts(self, prompts: Sequence[str]) -> PromptEmbeddings:
-        encoded = [self._encode_prompt(prompt) for prompt in prompts]
+        encoded = [self._text.prompt(prompt) for prompt in prompts]
         return PromptEmbeddings(
             tokens=torch.cat([tokens for tokens, _ in encoded]),
             pooled=torch.cat([pooled for _, pooled in encoded]),
@@ -94,27 +126,9 @@ class PipelineBackbone(Backbone):
 
     @torch.inference_mode()
     def embed_concepts(self, words: Sequence[str]) -> Float[Tensor, "K C"]:
-        """Each word alone through T5, then the model's text embedding.
-
-        ConceptAttention takes a word's first piece, which reads 'skyscraper' as 'sky'. Here it is the mean
-        over the word's own pieces, the same thing wherever a word is one piece.
-        """
-        vectors: list[Tensor] = []
-        for word in words:
-            pieces = self._pieces(word)
-            if len(pieces) == 0:
-                raise ConfigError(f"concept {word!r} has no token in the text encoder of {self.info.name}")
-            vectors.append(pieces.to(torch.float32).mean(dim=0).to(pieces.dtype))
-        return cast(Tensor, self._transformer.context_embedder(torch.stack(vectors)))
-
-    def _encode_prompt(self, prompt: str) -> tuple[Tensor, Tensor]:
-        """[1 S E] and [1 E_pooled]. One prompt a pass, so that a cached one equals a new one bit for bit."""
-        if prompt not in self._prompts:
-            tokens, pooled = self._encode(prompt)
-            if len(self._prompts) == PROMPT_CACHE:
-                self._prompts.pop(next(iter(self._prompts)))
-            self._prompts[prompt] = tokens, pooled
-        return self._prompts[prompt]
+        """Each word alone through T5 (`TextSource.word`), then the model's text embedding."""
+        vectors = torch.stack([self._text.word(word) for word in words])
+        return cast(Tensor, self._transformer.context_embedder(vectors))
 
 
 def load_pipeline(
@@ -125,28 +139,63 @@ def load_pipeline(
     *,
     device: str | torch.device,
     dtype: DTypeName,
+    quantisation: Quantisation,
+    with_text: bool,
     **options: Any,
 ) -> Any:
-    """A pipeline on its device; `options` go to the transformer. The VAE always runs in float32.
+    """A pipeline on its device, with or without text encoders; `options` go to the transformer.
+
+    The VAE always runs in float32.
 
     Raises BackboneError when the weights cannot be loaded, ConfigError for a device that is not there.
     """
     chosen = choose_device(device)
     logger.info("loading %s from %s: %s, %s", info.name, folder, dtype, chosen)
     local = {"use_safetensors": True, "local_files_only": True}
-    try:
-        with _quiet_loading():
-            transformer = transformer_class.from_pretrained(
-                folder, subfolder="transformer", torch_dtype=DTYPES[dtype], **options, **local
-            )
-            vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", torch_dtype=torch.float32, **local)
-            pipeline = cast(Any, pipeline_class).from_pretrained(
-                folder, transformer=transformer, vae=vae, torch_dtype=DTYPES[dtype], **local
-            )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise BackboneError(f"the weights of {info.name} in {folder} cannot be loaded: {error}") from error
+    absent = {} if with_text else dict.fromkeys(text_parts_of(info.architecture.pipeline))
+    with _loading_errors(info, folder), quiet_loading():
+        transformer = transformer_class.from_pretrained(
+            folder, subfolder="transformer", torch_dtype=DTYPES[dtype], **options, **local
+        )
+        vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", torch_dtype=torch.float32, **local)
+        pipeline = cast(Any, pipeline_class).from_pretrained(
+            folder, transformer=transformer, vae=vae, torch_dtype=DTYPES[dtype], **absent, **local
+        )
+    if quantisation == "float8":
+        transformer.enable_layerwise_casting(storage_dtype=FLOAT8, compute_dtype=DTYPES[dtype])
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(chosen)
+
+
+def load_text_pipeline(
+    info: BackboneInfo,
+    folder: Path,
+    pipeline_class: type[DiffusionPipeline],
+    *,
+    device: str | torch.device,
+    dtype: DTypeName,
+) -> Any:
+    """The text encoders of a pipeline on their device, without transformer and VAE."""
+    chosen = choose_device(device)
+    logger.info("loading the text encoders of %s from %s: %s, %s", info.name, folder, dtype, chosen)
+    with _loading_errors(info, folder), quiet_loading():
+        pipeline = cast(Any, pipeline_class).from_pretrained(
+            folder,
+            transformer=None,
+            vae=None,
+            torch_dtype=DTYPES[dtype],
+            use_safetensors=True,
+            local_files_only=True,
+        )
+    return pipeline.to(chosen)
+
+
+@contextmanager
+def _loading_errors(info: BackboneInfo, folder: Path) -> Generator[None]:
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise BackboneError(f"the weights of {info.name} in {folder} cannot be loaded: {error}") from error
 
 
 def choose_device(device: str | torch.device) -> torch.device:
@@ -166,7 +215,7 @@ def choose_device(device: str | torch.device) -> torch.device:
 
 
 @contextmanager
-def _quiet_loading() -> Generator[None]:
+def quiet_loading() -> Generator[None]:
     """Hide the loaders' progress bars, and their remarks on the blocks that are left out on purpose."""
     libraries = (diffusers_logging, transformers_logging)
     before = [(library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries]
@@ -193,6 +242,11 @@ def _full_precision_convolutions() -> Generator[None]:
         enabled=cudnn.enabled, benchmark=cudnn.benchmark, deterministic=cudnn.deterministic, allow_tf32=False
     ):
         yield
+
+
+def quantisation_of(transformer: nn.Module) -> Quantisation:
+    """How the weights of a loaded transformer lie in memory."""
+    return "float8" if any(p.dtype == FLOAT8 for p in transformer.parameters()) else "none"
 
 
 def check_plain(transformer: Any) -> None:

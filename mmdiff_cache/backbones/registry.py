@@ -8,14 +8,17 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mmdiff_cache.backbones import weights
 from mmdiff_cache.backbones.info import (
     PAPER_SINGLE_BLOCKS,
     PAPER_SINGLE_LAYERS,
     PATCH,
+    STEPS,
     TIMESTEPS,
     Architecture,
     BackboneInfo,
     DTypeName,
+    Quantisation,
     default_concept_blocks,
     default_layers,
     default_width,
@@ -28,6 +31,7 @@ if TYPE_CHECKING:
     import torch
 
     from mmdiff_cache.backbones.base import Backbone
+    from mmdiff_cache.backbones.text import EncoderText, TextSource
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +42,8 @@ MAX_TEXT_LENGTH = 512
 """The longest T5 prompt that FluxPipeline takes."""
 SD3_TEXT_LENGTH, SD3_CLIP_TOKENS = 256, 77
 """T5 and CLIP tokens of StableDiffusion3Pipeline."""
+SD3_CFG_SCALE = 7.0
+"""Default of StableDiffusion3Pipeline; the named models have that of their cards."""
 MAX_GRID = 32
 """Tokens a side by default: the paper's 1024 tokens."""
 SMALL_MODEL_BYTES = 1 << 30
@@ -60,6 +66,8 @@ class BackboneEntry:
     dtype: DTypeName
     licence: str
     architecture: Architecture | None = None
+    steps: int = STEPS
+    true_cfg_scale: float = 1.0
 
 
 BACKBONES: Mapping[str, BackboneEntry] = {
@@ -98,6 +106,8 @@ BACKBONES: Mapping[str, BackboneEntry] = {
                 latent_channels=16,
                 vae_factor=8,
                 guidance_embeds=True,
+                text_channels=4096,
+                pooled_channels=768,
             ),
         ),
         BackboneEntry(
@@ -112,6 +122,7 @@ BACKBONES: Mapping[str, BackboneEntry] = {
             aggregator_width=768,
             dtype="bfloat16",
             licence="Apache-2.0",
+            steps=4,
             architecture=Architecture(
                 pipeline=FLUX,
                 double_blocks=19,
@@ -120,6 +131,8 @@ BACKBONES: Mapping[str, BackboneEntry] = {
                 latent_channels=16,
                 vae_factor=8,
                 guidance_embeds=False,
+                text_channels=4096,
+                pooled_channels=768,
             ),
         ),
         *(
@@ -145,23 +158,35 @@ BACKBONES: Mapping[str, BackboneEntry] = {
                     latent_channels=16,
                     vae_factor=8,
                     guidance_embeds=False,
+                    text_channels=4096,
+                    pooled_channels=2048,
                     clip_tokens=SD3_CLIP_TOKENS,
                 ),
+                steps=steps,
+                true_cfg_scale=scale,
             )
-            for size, blocks, parameters in (("medium", 24, 2.5), ("large", 38, 8.1))
+            for size, blocks, parameters, steps, scale in (
+                ("medium", 24, 2.5, 40, 4.5),
+                ("large", 38, 8.1, 28, 3.5),
+            )
         ),
     )
 }
 
 
-def describe(name_or_folder: str) -> BackboneInfo:
+def describe(name: str) -> BackboneInfo:
     """What a backbone is and which defaults it has, from its configuration files alone.
 
-    Raises ConfigError for what is neither a name nor a folder, BackboneError for a folder of another format.
+    `name` is one of BACKBONES, a folder, or a repository of the hub (`org/name`), whose configuration files
+    are fetched where they are not in the local cache. Raises ConfigError for what is none of these,
+    BackboneError for another format and for a repository out of reach.
     """
-    entry = BACKBONES.get(name_or_folder)
+    entry = BACKBONES.get(name)
     if entry is None:
-        return _describe_folder(Path(name_or_folder).expanduser())
+        folder = Path(name).expanduser()
+        if not folder.is_dir() and weights.is_repository(name):
+            return _describe_repository(name)
+        return _describe_folder(folder)
     architecture = entry.architecture or read_architecture(Path(entry.source))
     return BackboneInfo(
         name=entry.name,
@@ -176,6 +201,8 @@ def describe(name_or_folder: str) -> BackboneInfo:
         aggregator_width=entry.aggregator_width,
         dtype=entry.dtype,
         licence=entry.licence,
+        steps=entry.steps,
+        true_cfg_scale=entry.true_cfg_scale,
     )
 
 
@@ -185,27 +212,64 @@ def load_backbone(
     layers: Sequence[str] | None = None,
     device: "str | torch.device" = "auto",
     dtype: DTypeName | None = None,
+    quantisation: Quantisation = "none",
     text_length: int | None = None,
+    text: "TextSource | None" = None,
 ) -> "Backbone":
     """Load a backbone's weights, frozen.
 
     Single blocks behind the deepest of `layers` are never read from disk; None keeps all, as generating
     pictures needs. `device` is `auto` (a GPU where there is one), `cpu`, `cuda` or `cuda:1`.
+    With `text` the text encoders are not loaded.
 
     Raises ConfigError for an unknown layer, BackboneError when weights are missing or damaged.
     """
     info.check_layers(layers or ())
-    from mmdiff_cache.backbones import weights
-
     folder = weights.locate(info, download=True)
     dtype, text_length = dtype or info.dtype, text_length or info.text_length
     if info.architecture.pipeline == FLUX:
         from mmdiff_cache.backbones.flux import load_flux
 
-        return load_flux(info, folder, layers=layers, device=device, dtype=dtype, text_length=text_length)
+        return load_flux(
+            info,
+            folder,
+            layers=layers,
+            device=device,
+            dtype=dtype,
+            quantisation=quantisation,
+            text_length=text_length,
+            text=text,
+        )
     from mmdiff_cache.backbones.sd3 import load_sd3
 
-    return load_sd3(info, folder, device=device, dtype=dtype, text_length=text_length)
+    return load_sd3(
+        info,
+        folder,
+        device=device,
+        dtype=dtype,
+        quantisation=quantisation,
+        text_length=text_length,
+        text=text,
+    )
+
+
+def load_text_encoders(
+    info: BackboneInfo,
+    *,
+    device: "str | torch.device" = "auto",
+    dtype: DTypeName | None = None,
+    text_length: int | None = None,
+) -> "EncoderText":
+    """Load the text encoders of a backbone alone. Raises as `load_backbone` does."""
+    folder = weights.locate(info, download=True)
+    dtype, text_length = dtype or info.dtype, text_length or info.text_length
+    if info.architecture.pipeline == FLUX:
+        from mmdiff_cache.backbones.flux import load_flux_text
+
+        return load_flux_text(info, folder, device=device, dtype=dtype, text_length=text_length)
+    from mmdiff_cache.backbones.sd3 import load_sd3_text
+
+    return load_sd3_text(info, folder, device=device, dtype=dtype, text_length=text_length)
 
 
 def read_architecture(folder: Path) -> Architecture:
@@ -221,6 +285,8 @@ def read_architecture(folder: Path) -> Architecture:
             latent_channels=vae["latent_channels"],
             vae_factor=2 ** (len(vae["block_out_channels"]) - 1),
             guidance_embeds=transformer["guidance_embeds"] if pipeline == FLUX else False,
+            text_channels=transformer["joint_attention_dim"],
+            pooled_channels=transformer["pooled_projection_dim"],
             clip_tokens=0 if pipeline == FLUX else _clip_tokens(folder),
         )
         packed = 1 if pipeline == FLUX else transformer["patch_size"] ** 2
@@ -244,15 +310,29 @@ def transformer_config(info: BackboneInfo) -> dict[str, Any]:
 def _describe_folder(folder: Path) -> BackboneInfo:
     if not folder.is_dir():
         raise ConfigError(
-            f"{str(folder)!r} is neither a backbone ({', '.join(BACKBONES)}) nor a folder of a pipeline"
+            f"{str(folder)!r} is neither a backbone ({', '.join(BACKBONES)}) nor a folder of a pipeline, "
+            "nor a repository of the hub (org/name)"
         )
     folder = folder.resolve()
+    weight_bytes = sum(file.stat().st_size for file in (folder / "transformer").glob("*.safetensors"))
+    small = weight_bytes < SMALL_MODEL_BYTES
+    return _describe_files(
+        folder, name=folder.name, source=str(folder), dtype="float32" if small else "bfloat16"
+    )
+
+
+def _describe_repository(repository: str) -> BackboneInfo:
+    folder = weights.locate_configs(repository)
+    return _describe_files(folder, name=repository.rpartition("/")[2], source=repository, dtype="bfloat16")
+
+
+def _describe_files(folder: Path, *, name: str, source: str, dtype: DTypeName) -> BackboneInfo:
+    """Defaults that follow from the configuration files in a folder."""
     architecture = read_architecture(folder)
     native = _read_json(folder, "vae/config.json").get("sample_size") or 512
-    weight_bytes = sum(file.stat().st_size for file in (folder / "transformer").glob("*.safetensors"))
     return BackboneInfo(
-        name=folder.name,
-        source=str(folder),
+        name=name,
+        source=source,
         architecture=architecture,
         layers=default_layers(architecture),
         concept_blocks=default_concept_blocks(architecture),
@@ -261,8 +341,9 @@ def _describe_folder(folder: Path) -> BackboneInfo:
         guidance=GUIDANCE if architecture.guidance_embeds else None,
         text_length=_text_length(folder, architecture.pipeline),
         aggregator_width=default_width(architecture.channels),
-        dtype="float32" if weight_bytes < SMALL_MODEL_BYTES else "bfloat16",
+        dtype=dtype,
         licence="see the model's own card",
+        true_cfg_scale=SD3_CFG_SCALE if architecture.pipeline == SD3 else 1.0,
     )
 
 

@@ -5,7 +5,7 @@ tokens come first in its attention; the model is told the time as 0 to 1000, and
 """
 
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
@@ -14,8 +14,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mmdiff_cache.backbones.base import BlockSlot, PromptEmbeddings
-from mmdiff_cache.backbones.info import BackboneInfo, DTypeName
-from mmdiff_cache.backbones.pipeline import PipelineBackbone, check_plain, load_pipeline
+from mmdiff_cache.backbones.info import BackboneInfo, DTypeName, Quantisation
+from mmdiff_cache.backbones.pipeline import PipelineBackbone, check_plain, load_pipeline, load_text_pipeline
+from mmdiff_cache.backbones.text import EncoderText, TextSource
 
 TIMES = 1000
 """The model's time of pure noise."""
@@ -41,12 +42,34 @@ class SD3Backbone(PipelineBackbone):
             return_dict=False,
         )[0]
 
+    @property
+    def contrast_in_one_pass(self) -> bool:
+        return True
+
+    def sampler_time(self, sigma: Float[Tensor, ""]) -> Float[Tensor, ""]:
+        return sigma  # forward multiplies by 1000 just as the scheduler does
+
+    def _schedule(self, steps: int) -> dict[str, Any]:
+        return {"num_inference_steps": steps}
+
     @torch.inference_mode()
     def concept_modulation(self, t: Float[Tensor, " B"], guidance: float | None) -> Float[Tensor, "B C"]:
         width = self._transformer.config.pooled_projection_dim
         pooled = torch.zeros(len(t), width, device=self.device, dtype=self.dtype)
         return cast(Tensor, self._transformer.time_text_embed(t.to(self.device) * TIMES, pooled))
 
+    def _list_blocks(self) -> dict[str, BlockSlot]:
+        container = self._transformer.transformer_blocks
+        return {
+            f"double.{index}": BlockSlot(block=block, container=container, index=index)
+            for index, block in enumerate(container)
+        }
+
+
+class SD3Text(EncoderText):
+    """Two CLIP encoders and T5."""
+
+    @torch.inference_mode()
     def _encode(self, prompt: str) -> tuple[Tensor, Tensor]:
         tokens, _, pooled, _ = self._pipeline.encode_prompt(
             prompt=prompt,
@@ -61,21 +84,37 @@ class SD3Backbone(PipelineBackbone):
     def _pieces(self, word: str) -> Float[Tensor, "piece E"]:
         count = len(self._pipeline.tokenizer_3(word, add_special_tokens=False).input_ids)
         behind = self._pipeline.tokenizer_max_length  # the tokens of CLIP stand before those of T5
-        return self._encode_prompt(word)[0][0, behind : behind + count]
-
-    def _list_blocks(self) -> dict[str, BlockSlot]:
-        container = self._transformer.transformer_blocks
-        return {
-            f"double.{index}": BlockSlot(block=block, container=container, index=index)
-            for index, block in enumerate(container)
-        }
+        return self.prompt(word)[0][0, behind : behind + count]
 
 
 def load_sd3(
-    info: BackboneInfo, folder: Path, *, device: str | torch.device, dtype: DTypeName, text_length: int
+    info: BackboneInfo,
+    folder: Path,
+    *,
+    device: str | torch.device,
+    dtype: DTypeName,
+    quantisation: Quantisation,
+    text_length: int,
+    text: TextSource | None,
 ) -> SD3Backbone:
     """Load a StableDiffusion3Pipeline folder; see `registry.load_backbone`. All blocks are loaded."""
     pipeline = load_pipeline(
-        info, folder, StableDiffusion3Pipeline, SD3Transformer2DModel, device=device, dtype=dtype
+        info,
+        folder,
+        StableDiffusion3Pipeline,
+        SD3Transformer2DModel,
+        device=device,
+        dtype=dtype,
+        quantisation=quantisation,
+        with_text=text is None,
     )
-    return SD3Backbone(info, pipeline, folder=folder, text_length=text_length)
+    text = text or SD3Text(pipeline, device=pipeline.device, text_length=text_length)
+    return SD3Backbone(info, pipeline, folder=folder, text=text)
+
+
+def load_sd3_text(
+    info: BackboneInfo, folder: Path, *, device: str | torch.device, dtype: DTypeName, text_length: int
+) -> SD3Text:
+    """Load the text encoders alone."""
+    pipeline = load_text_pipeline(info, folder, StableDiffusion3Pipeline, device=device, dtype=dtype)
+    return SD3Text(pipeline, device=pipeline.device, text_length=text_length)

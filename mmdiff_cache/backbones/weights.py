@@ -1,6 +1,7 @@
 """Where a backbone's weights lie, whether all of them are there, and which they are. Needs no torch."""
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from mmdiff_cache.hub import find_snapshot, hash_files, model_files
 
 ENCODERS: Mapping[str, int] = {"FluxPipeline": 2, "StableDiffusion3Pipeline": 3}
 """How many text encoders, each with a tokenizer, a pipeline has."""
+CONFIGS = ("model_index.json", "*/config.json", "*/tokenizer_config.json")
+"""Files of a hub repository from which a backbone is described."""
 TRY_IT = "runs here now; trained on rendered scenes: for trying the pipeline, not for scores on photographs"
 
 
@@ -27,6 +30,37 @@ def locate(info: BackboneInfo, *, download: bool = False) -> Path:
     return folder
 
 
+def is_repository(name: str) -> bool:
+    """Whether a name has the form of a repository on the hub: `org/name`."""
+    return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is not None
+
+
+def locate_configs(repository: str) -> Path:
+    """The folder of a hub repository's configuration files; fetches them where they are not in the cache.
+
+    Raises BackboneError with the lines that help when they cannot be had.
+    """
+
+    def refuse(reason: str) -> BackboneError:
+        return BackboneError(
+            f"the configuration of {repository} cannot be had ({reason}). One of these helps:\n"
+            f"  hf download {repository}   where there is a network\n"
+            "  hf auth login              for a repository with a licence to accept\n"
+            f"  --backbone flux-scenes     {TRY_IT}"
+        )
+
+    return find_snapshot(repository, CONFIGS, _missing_config, refuse, download=True)
+
+
+def _missing_config(folder: Path) -> str | None:
+    """The first of the files from which a pipeline is described that is not there; None when all are."""
+    if not (folder / "model_index.json").is_file():
+        return "model_index.json"
+    needed = [f"{part}/config.json" for part in ("transformer", "vae")]
+    needed += [f"{part}/tokenizer_config.json" for part in tokenizers_of(pipeline_of(folder))]
+    return next((name for name in needed if not (folder / name).is_file()), None)
+
+
 def models_of(pipeline: str) -> tuple[str, ...]:
     """The parts of a pipeline that have weights, as its folders are called."""
     return ("transformer", "vae", *_numbered("text_encoder", pipeline))
@@ -35,6 +69,16 @@ def models_of(pipeline: str) -> tuple[str, ...]:
 def tokenizers_of(pipeline: str) -> tuple[str, ...]:
     """The tokenizers of a pipeline."""
     return _numbered("tokenizer", pipeline)
+
+
+def text_parts_of(pipeline: str) -> tuple[str, ...]:
+    """Text encoders and tokenizers of a pipeline."""
+    return (*_numbered("text_encoder", pipeline), *tokenizers_of(pipeline))
+
+
+def weight_bytes(folder: Path) -> int:
+    """Size of all weight files of a pipeline."""
+    return sum((folder / name).stat().st_size for name in weight_files(folder))
 
 
 def _numbered(part: str, pipeline: str) -> tuple[str, ...]:

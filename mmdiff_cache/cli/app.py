@@ -12,7 +12,7 @@ from typing import Any
 import typer
 
 from mmdiff_cache import __version__
-from mmdiff_cache.cli import backbones, everyday, store_commands
+from mmdiff_cache.cli import backbones, caption, everyday, store_commands
 from mmdiff_cache.cli.console import clean, err, fail, out
 from mmdiff_cache.errors import MMDiffError, StorageError, StorageRefused
 
@@ -75,6 +75,7 @@ STORE = "Store"
 for command in (store_commands.verify, store_commands.repair, store_commands.convert):
     app.command(rich_help_panel=STORE)(_interruptible(command))
 
+app.command(rich_help_panel="Prompts")(_interruptible(caption.caption))
 app.command(rich_help_panel="Reference")(_interruptible(backbones.backbones))
 store_commands.labels.command(name="add")(_interruptible(store_commands.add))
 app.add_typer(store_commands.labels, name="labels", rich_help_panel=STORE)
@@ -101,8 +102,8 @@ def main() -> None:
 def run(arguments: Sequence[str]) -> int:
     """Run one command line and return its exit code.
 
-    0 done, 1 damage found, 2 a wrong request, 3 finished with failed samples, 4 the disk refuses, 130
-    interrupted.
+    0 done, 1 damage found, 2 a wrong request, 3 finished with failed samples or partitions, 4 the disk
+    refuses, 5 the cluster was lost, 130 interrupted.
     """
     try:
         code = app(args=list(arguments) or ["--help"], prog_name="mmdiff-cache", standalone_mode=False)

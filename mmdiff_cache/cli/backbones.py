@@ -12,7 +12,9 @@ if TYPE_CHECKING:
 
 
 def backbones(
-    name: Annotated[str | None, typer.Argument(help="A name, or a folder in diffusers' format.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="A name, a pipeline's folder, or org/name on the hub.")
+    ] = None,
     resolution: Annotated[int | None, typer.Option(help="Side of the network input in pixels.")] = None,
     as_json: AsJson = False,
 ) -> None:

@@ -59,7 +59,7 @@ def extract(
     data_root: Annotated[str | None, typer.Option(help="Folder of the data set's files.")] = None,
     split: Annotated[list[str] | None, typer.Option(help="A split to extract; may be repeated.")] = None,
     backbone: Annotated[
-        str | None, typer.Option(help="A known name or a folder in diffusers' format.")
+        str | None, typer.Option(help="A known name, a folder in diffusers' format, or org/name on the hub.")
     ] = None,
     store: Annotated[
         str | None, typer.Option(help="Folder to write; data/<dataset>/<backbone> by default.")
@@ -81,8 +81,18 @@ def extract(
         str | None, typer.Option(help="How a picture becomes square: squash, pad or crop.")
     ] = None,
     batch_size: BatchSize = None,
+    attention: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Attention backend: native, flash, xformers ...")
+    ] = None,
+    compile_: Annotated[
+        bool | None, typer.Option("--compile/--no-compile", help="Compile the blocks; default on a GPU.")
+    ] = None,
     prompts: Annotated[
-        str | None, typer.Option(help="empty, scene, oracle, or a JSONL file of prompts.")
+        str | None, typer.Option(help="empty, scene, oracle, or a file of prompts (.jsonl, or .txt to draw).")
+    ] = None,
+    mode: Annotated[
+        str | None,
+        typer.Option(help="Where pictures are drawn, when to capture: renoise, trajectory or nearest."),
     ] = None,
     draws: Annotated[int | None, typer.Option(help="Noise draws of every sample.")] = None,
     flip: Annotated[
@@ -94,11 +104,22 @@ def extract(
     append: Annotated[
         bool, typer.Option("--append", help="Add samples that the store was not planned with.")
     ] = False,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", min=0, help="Processes, one a GPU; 0: this one. All visible GPUs by default."
+        ),
+    ] = None,
+    scheduler: Annotated[
+        str | None,
+        typer.Option(metavar="ADDRESS|FILE", help="A running dask cluster to join; see docs/clusters.md."),
+    ] = None,
     dry_run: DryRun = False,
     force: Annotated[bool, typer.Option("--force", help="Start even if the disk seems too small.")] = False,
 ) -> None:
     """Stage one: run the backbone once over a data set and keep its features. Safe to stop and run again."""
     import mmdiff_cache as mm
+    from mmdiff_cache.extraction.placement import open_cluster
 
     flags = {
         "dataset": dataset,
@@ -113,20 +134,29 @@ def extract(
         "resolution": resolution,
         "fit": fit,
         "batch_size": batch_size,
+        "attention": attention,
+        "compile": compile_,
         "prompts": prompts,
         "draws": draws,
         "flip": flip,
         "limit": limit,
     }
-    plan = mm.plan(compose(ExtractConfig, "extract", config, flags, set_ or []))
+    chosen_mode = [] if mode is None else [f"generation.mode={mode}"]
+    plan = mm.plan(compose(ExtractConfig, "extract", config, flags, [*chosen_mode, *(set_ or [])]))
     if dry_run:
         from mmdiff_cache.extraction.plan import with_timed_blocks
 
         say(str(with_timed_blocks(plan)))
         return
     say(str(plan))
-    with progress_bar("extract") as advance:
-        written = mm.extract(plan, progress=advance, append=append, force=force)
+    with open_cluster(plan.config, workers, scheduler) as client:
+        if client is not None and client.dashboard_link:
+            say(f"{'dashboard':<10} {client.dashboard_link}")
+        with progress_bar("extract") as advance:
+            alone = 0 if client is None else None  # where it runs is decided by now
+            written = mm.extract(
+                plan, progress=advance, append=append, force=force, workers=alone, client=client
+            )
     say(f"\n{written}")
     labels = written[written.splits[0]].label_specs
     if labels:

@@ -42,12 +42,16 @@ def safe_id(relative: PurePath) -> str:
     Raises DataError for a name with characters that no store, page or terminal should carry.
     """
     sample_id = unicodedata.normalize("NFC", relative.as_posix())
-    bad = next(
-        (c for c in sample_id if c == "\\" or unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp")), None
-    )
+    bad = unsafe_character(sample_id)
     if bad is not None:
         raise DataError(
             f"file name {sample_id!r} holds the character {bad!r}, which is not safe in an id; "
             "rename the file"
         )
     return sample_id
+
+
+def unsafe_character(sample_id: str) -> str | None:
+    """The first character that must not be in an id: control, format and line characters, and backslashes."""
+    unsafe = ("Cc", "Cf", "Cs", "Zl", "Zp")
+    return next((c for c in sample_id if c == "\\" or unicodedata.category(c) in unsafe), None)

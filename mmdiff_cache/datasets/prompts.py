@@ -23,6 +23,17 @@ class PromptRule:
     identity: str
     table: Mapping[str, str] | None = None
 
+    def of_id(self, sample_id: str) -> str | None:
+        """The prompt of a sample where its id is enough to know it; None where the sample must be read."""
+        if self.kind == EMPTY:
+            return ""
+        return None if self.table is None else self.table.get(sample_id)
+
+    def most(self, sample_ids: Sequence[str]) -> int:
+        """At most so many different prompts have these samples."""
+        found = {self.of_id(sample_id) for sample_id in sample_ids}
+        return len(sample_ids) if None in found else len(found)
+
     def prompt(self, sample: Sample) -> str:
         """The prompt of one sample. Raises DataError where there is none."""
         if self.kind == EMPTY:
@@ -61,11 +72,14 @@ def open_prompts(rule: str, kinds: Sequence[str]) -> PromptRule:
         content = path.read_bytes()
     except OSError as error:
         raise DataError(f"prompts file {path} cannot be read: {error.strerror}") from error
-    digest = hashlib.sha256(content).hexdigest()
-    return PromptRule(kind=rule, identity=f"file sha256:{digest}", table=_parse(content, path))
+    table = parse_table(content, path)
+    if not table:
+        raise DataError(f'{path} holds no prompts; each line is {{"sample_id": ..., "prompt": ...}}')
+    return PromptRule(kind=rule, identity=f"file sha256:{hashlib.sha256(content).hexdigest()}", table=table)
 
 
-def _parse(content: bytes, path: Path) -> dict[str, str]:
+def parse_table(content: bytes, path: Path) -> dict[str, str]:
+    """The prompts of a JSONL file by sample id. Raises DataError, with the line, for what is none."""
     table: dict[str, str] = {}
     lines: dict[str, int] = {}
     for number, raw in enumerate(content.split(b"\n"), start=1):
@@ -77,8 +91,6 @@ def _parse(content: bytes, path: Path) -> dict[str, str]:
                 f"{path}, line {number}: sample {sample_id!r} already has a prompt (line {lines[sample_id]})"
             )
         table[sample_id], lines[sample_id] = prompt, number
-    if not table:
-        raise DataError(f'{path} holds no prompts; each line is {{"sample_id": ..., "prompt": ...}}')
     return table
 
 

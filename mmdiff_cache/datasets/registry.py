@@ -6,7 +6,7 @@ A new one is a file beside this one, with a `Dataset` and its `open` function, a
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from mmdiff_cache.datasets import concepts, duts, images, listed, nyu_depth, scenes, voc
+from mmdiff_cache.datasets import concepts, duts, images, listed, nyu_depth, prompt_list, scenes, voc
 from mmdiff_cache.datasets.base import Dataset
 from mmdiff_cache.errors import ConfigError
 
@@ -18,7 +18,9 @@ class DatasetEntry:
     name: str
     summary: str
     open: Callable[[str | None, int], Dataset]
-    """Called with the folder of its files (or None) and the side of the network input in pixels."""
+    """Called with the folder of its files (or None) and the side of the network input in pixels; where
+    pictures are drawn, with the file of prompts in place of the folder.
+    """
     splits: Mapping[str, int | None]
     """Default splits with the numbers of samples that they should have; None where any number is right."""
     backbone: str
@@ -28,6 +30,8 @@ class DatasetEntry:
     """Prompts that the data set itself knows, beside the empty one."""
     resolution: int | None = None
     """Side of the network input in pixels; None takes the backbone's."""
+    drawn: bool = False
+    """Whether the backbone itself draws the pictures, from a file of prompts (`PromptList`)."""
     find_splits: Callable[[str | None], Mapping[str, int | None]] | None = None
     """Where the files say which splits there are."""
 
@@ -104,6 +108,16 @@ DATASETS: Mapping[str, DatasetEntry] = {
             backbone="flux-dev",
             concepts=concepts.DEFAULT,
             needs_root=True,
+        ),
+        DatasetEntry(
+            name="prompts",
+            summary="pictures that the backbone draws from a file of prompts, captured on the way",
+            open=prompt_list.open_prompt_list,
+            splits={listed.DEFAULT_SPLIT: None},
+            backbone="flux-dev",
+            concepts=concepts.DEFAULT,
+            needs_root=False,
+            drawn=True,
         ),
     )
 }

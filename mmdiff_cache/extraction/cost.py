@@ -52,8 +52,7 @@ def estimate(config: ExtractConfig, info: BackboneInfo, *, samples: int) -> Cost
 
 def operations_a_sample(config: ExtractConfig, info: BackboneInfo) -> float:
     """Floating-point operations of the transformer for one sample, all its variants and timesteps."""
-    passes = len(filled(config.timesteps)) * config.draws * (2 if config.flip else 1)
-    return passes * _operations_a_pass(config, info, _blocks_run(config, info))
+    return _passes(config) * _operations_a_pass(config, info, _blocks_run(config, info))
 
 
 def time_blocks(cost: Cost, config: ExtractConfig, info: BackboneInfo) -> Cost:
@@ -72,6 +71,19 @@ def time_blocks(cost: Cost, config: ExtractConfig, info: BackboneInfo) -> Cost:
     return replace(cost, speed=speed, activation_bytes=taken.activation_bytes)
 
 
+def _passes(config: ExtractConfig) -> int:
+    """Passes of the transformer a sample: its timesteps, and the steps in which it is drawn."""
+    timesteps, generation = len(filled(config.timesteps)), config.generation
+    if generation is None:
+        return timesteps * config.draws * (2 if config.flip else 1)
+    contrast = 2 if generation.contrasts else 1
+    return {
+        "renoise": filled(generation.steps) * contrast + timesteps,
+        "trajectory": (filled(generation.steps) + timesteps) * contrast,
+        "nearest": filled(generation.steps) * contrast,
+    }[generation.mode]
+
+
 def forward_operations(info: BackboneInfo, resolution: int, text_length: int, blocks: int) -> float:
     """Floating-point operations of one forward pass through so many blocks.
 
@@ -88,6 +100,8 @@ def _operations_a_pass(config: ExtractConfig, info: BackboneInfo, blocks: int) -
 
 
 def _blocks_run(config: ExtractConfig, info: BackboneInfo) -> int:
+    if config.generation is not None:
+        return len(info.blocks)
     deepest = 1 + max(info.blocks.index(layer) for layer in filled(config.layers))
     return max(deepest, len(info.double_blocks)) if config.concepts else deepest
 

@@ -1,6 +1,6 @@
 """From pictures to features: noise them, run the backbone once, read the blocks, take stock of the values."""
 
-import math
+import threading
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mmdiff_cache.backbones.base import Backbone, PromptEmbeddings
 from mmdiff_cache.backbones.flow_matching import add_noise, draw_batch
+from mmdiff_cache.backbones.info import PATCH
 from mmdiff_cache.config import NoiseConfig
 from mmdiff_cache.encoders.dinov3 import DINOv3
 from mmdiff_cache.errors import ConfigError
@@ -36,6 +37,16 @@ class Captured:
     hidden_states: Float[Tensor, "B T L h w C"]
     """In the model's own dtype."""
     concept_scores: Mapping[str, Float32[Tensor, "B T block K h w"]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Observed:
+    """One forward pass over B latents."""
+
+    velocity: Float[Tensor, "B c H_f W_f"]
+    hidden_states: Float[Tensor, "B L h w C"]
+    """In the model's own dtype."""
+    concept_scores: Mapping[str, Float32[Tensor, "B block K h w"]]
 
 
 class Extractor:
@@ -67,18 +78,19 @@ class Extractor:
         self.vocabularies = {name: tuple(words) for name, words in vocabularies.items()}
         self.variants = tuple(variants)
         self.encoders = tuple(encoders)
+        self.turn = threading.Lock()
+        """Held by the partition that computes, where several are in one process: taps follow one pass."""
         self._noise = noise
         self._guidance = guidance
         self._concepts = {name: backbone.embed_concepts(words) for name, words in self.vocabularies.items()}
 
     def __call__(self, samples: Sequence[PreparedSample]) -> FeatureBatch:
         """Features of samples of one size. Values that are not finite do not raise: see `failures`."""
-        features = _side_by_side([self._features(samples, variant) for variant in self.variants])
-        return replace(features, discriminative=self._discriminative(samples))
+        features = _side_by_side([self.finish(self.capture(samples, variant)) for variant in self.variants])
+        return replace(features, discriminative=self.discriminative(samples))
 
-    def _features(self, samples: Sequence[PreparedSample], variant: Variant) -> FeatureBatch:
-        """Features of one variant, as a batch whose variant axis has size 1."""
-        captured = self.capture(samples, variant)
+    def finish(self, captured: Captured) -> FeatureBatch:
+        """What was captured as it is stored, its variant axis of size 1: cast, counted, with concept maps."""
         stored, audit = store_as_float16(captured.hidden_states)
         mapped = [_block_index(block) for block in self.backbone.info.concept_blocks]
         scores = captured.concept_scores
@@ -91,7 +103,7 @@ class Extractor:
             audit=audit[:, None].cpu().numpy(),
         )
 
-    def _discriminative(self, samples: Sequence[PreparedSample]) -> dict[str, NDArray[np.float16]]:
+    def discriminative(self, samples: Sequence[PreparedSample]) -> dict[str, NDArray[np.float16]]:
         """Features [B V L h w D] of every encoder; a picture and its mirror image are each encoded once."""
         sides = {variant.flipped: variant for variant in self.variants}
         pictures = {
@@ -109,45 +121,67 @@ class Extractor:
     def capture(self, samples: Sequence[PreparedSample], variant: Variant = PLAIN) -> Captured:
         """What the blocks put out for one variant, before it is cast for the store."""
         samples = [as_variant(sample, variant) for sample in samples]
-        backbone, batch, steps = self.backbone, len(samples), len(self.timesteps)
-        clean = backbone.encode_image(torch.from_numpy(np.stack([sample.image for sample in samples])))
+        images = torch.from_numpy(np.stack([sample.image for sample in samples]))
+        names, prompts = [sample.sample_id for sample in samples], [sample.prompt for sample in samples]
+        return self.capture_latents(self.backbone.encode_image(images), names, prompts, variant.noise_draw)
+
+    @torch.inference_mode()
+    def capture_latents(
+        self,
+        clean: Float[Tensor, "B c H_f W_f"],
+        sample_ids: Sequence[str],
+        prompts: Sequence[str],
+        draw: int = 0,
+    ) -> Captured:
+        """Noise clean latents to every timestep, and capture them all in one pass."""
+        backbone, batch, steps = self.backbone, len(sample_ids), len(self.timesteps)
         latents = backbone.pack(clean)
         times = torch.tensor(self.timesteps, device=clean.device)
-        ids, shape = [sample.sample_id for sample in samples], clean.shape[1:]
-        noise = draw_batch(self._noise, ids, steps, shape, variant.noise_draw)
+        noise = draw_batch(self._noise, sample_ids, steps, clean.shape[1:], draw)
         noised = add_noise(clean, noise.to(clean.device), times, self._noise.form).flatten(0, 1)
-        prompts = backbone.encode_prompts([sample.prompt for sample in samples]).repeat_each(steps)
-        outputs, scores = self._run(noised, times.repeat(batch), prompts, math.prod(latents.shape[1:3]))
-        height = latents.shape[1]
+        embedded = backbone.encode_prompts(prompts).repeat_each(steps)
+        seen = self.observe(noised, times.repeat(batch), embedded)
         return Captured(
             latents=latents,
-            hidden_states=rearrange(outputs, "L (B T) (h w) C -> B T L h w C", B=batch, h=height),
+            hidden_states=rearrange(seen.hidden_states, "(B T) L h w C -> B T L h w C", B=batch),
             concept_scores={
-                name: rearrange(blocks, "block (B T) K (h w) -> B T block K h w", B=batch, h=height)
-                for name, blocks in scores.items()
+                name: rearrange(scores, "(B T) block K h w -> B T block K h w", B=batch)
+                for name, scores in seen.concept_scores.items()
             },
         )
 
-    def _run(
+    def observe(
         self,
         noised: Float[Tensor, "B c H_f W_f"],
         t: Float[Tensor, " B"],
         prompts: PromptEmbeddings,
-        image_tokens: int,
-    ) -> tuple[list[Float[Tensor, "B N C"]], dict[str, list[Float32[Tensor, "B K N"]]]]:
-        """One forward pass: the output of every tapped block, and the scores of every double block."""
+        guidance: float | None = None,
+    ) -> Observed:
+        """One forward pass: the output of every tapped block, and the scores of every double block.
+
+        The velocity is the same bit for bit as without looking. `guidance` stands in for the extractor's own.
+        """
+        guidance = self._guidance if guidance is None else guidance
         blocks, text_tokens = self.backbone.blocks, prompts.tokens.shape[1]
+        height, width = (side // PATCH for side in noised.shape[2:])
         with ExitStack() as stack:
             streams: dict[str, concept_attention.ConceptStream] = {}
             if self._concepts:
-                modulation = self.backbone.concept_modulation(t, self._guidance)
+                modulation = self.backbone.concept_modulation(t, guidance)
                 reading = concept_attention.reading(blocks, self._concepts, modulation)
                 streams = stack.enter_context(reading)
-            taps = capturing(blocks, self.layers, text_tokens=text_tokens, image_tokens=image_tokens)
+            taps = capturing(blocks, self.layers, text_tokens=text_tokens, image_tokens=height * width)
             outputs = stack.enter_context(taps)
-            self.backbone.forward(noised, t, prompts, self._guidance)
-        scores = {name: list(stream.scores.values()) for name, stream in streams.items()}
-        return [outputs[layer] for layer in self.layers], scores
+            velocity = self.backbone.forward(noised, t, prompts, guidance)
+        layers = [outputs[layer] for layer in self.layers]
+        return Observed(
+            velocity=velocity,
+            hidden_states=rearrange(layers, "L B (h w) C -> B L h w C", h=height),
+            concept_scores={
+                name: rearrange(list(stream.scores.values()), "block B K (h w) -> B block K h w", h=height)
+                for name, stream in streams.items()
+            },
+        )
 
 
 def _side_by_side(variants: Sequence[FeatureBatch]) -> FeatureBatch:

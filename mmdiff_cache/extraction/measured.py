@@ -45,14 +45,21 @@ class Figure:
     source: str
 
 
-def machine_of(device: str) -> str:
-    """The device that `auto`, `cpu`, `cuda` or `cuda:1` stands for: a GPU's name, or `cpu, 2 threads`."""
+def device_type(device: str) -> str:
+    """`cpu` or `cuda`, whichever a device's name comes to on this machine."""
     import torch  # half a second that only an estimate should pay
 
+    return "cuda" if device.startswith("cuda") or (device == "auto" and torch.cuda.is_available()) else "cpu"
+
+
+def machine_of(device: str) -> str:
+    """What `auto`, `cpu`, `cuda` or `cuda:1` stands for: a GPU's name, or `cpu, 2 threads`."""
+    import torch
+
+    if device_type(device) == "cpu":
+        return f"cpu, {torch.get_num_threads()} threads"
     there = torch.cuda.is_available()
-    if device.startswith("cuda") or (device == "auto" and there):
-        return torch.cuda.get_device_name(None if device == "auto" else device) if there else "cuda"
-    return f"cpu, {torch.get_num_threads()} threads"
+    return torch.cuda.get_device_name(None if device == "auto" else device) if there else "cuda"
 
 
 def known_speed(config: ExtractConfig, machine: str) -> Figure | None:

@@ -7,17 +7,20 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mmdiff_cache.backbones.info import BackboneInfo
-from mmdiff_cache.backbones.registry import BACKBONES, describe
+from mmdiff_cache.backbones.info import NATIVE, BackboneInfo
+from mmdiff_cache.backbones.registry import describe
 from mmdiff_cache.backbones.weights import locate, weight_files
-from mmdiff_cache.config import ExtractConfig, data_folder, filled
+from mmdiff_cache.config import ExtractConfig, filled
 from mmdiff_cache.datasets.base import Dataset
+from mmdiff_cache.datasets.prompt_list import PromptList
 from mmdiff_cache.datasets.prompts import ORACLE, PromptRule, open_prompts
 from mmdiff_cache.datasets.registry import find_dataset
-from mmdiff_cache.encoders.registry import ENCODERS, describe_encoder
-from mmdiff_cache.errors import BackboneError, ConfigError, DataError, StorageRefused
+from mmdiff_cache.encoders.registry import describe_encoder
+from mmdiff_cache.errors import BackboneError, DataError, StorageRefused
 from mmdiff_cache.extraction.cost import Cost, estimate, time_blocks
+from mmdiff_cache.extraction.drawing import describe_generation
 from mmdiff_cache.extraction.measured import Figure, known_ratio
+from mmdiff_cache.extraction.resolve import resolve
 from mmdiff_cache.extraction.variants import variants_of
 from mmdiff_cache.store.arrays import arrays
 from mmdiff_cache.store.manifest import MANIFEST, read_manifest
@@ -31,12 +34,6 @@ from mmdiff_cache.store.schema import (
     file_count,
     raw_bytes,
 )
-
-TOKENS_A_BATCH = 4096
-LARGEST_BATCH = 8
-"""Default batch: as many samples as give 4096 tokens a timestep, at most 8 (4 at 512 px, 1 at 1024 px)."""
-PARTITION = 64
-"""Default samples a partition, rounded up to whole batches."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,6 +61,8 @@ class ExtractionPlan:
     stored_bytes: int
     """Estimated bytes on disk; as before the codec where `ratio` is not known."""
     files: int
+    scratch_bytes: int
+    """Most that a first pass of the text encoders writes beside the store, until the run ends."""
     cost: Cost
     free_bytes: int
     """Free space on the disk that will hold the store."""
@@ -84,43 +83,6 @@ class ExtractionPlan:
         return "\n".join(f"{name:<10} {text}" for name, text in _lines(self))
 
 
-def resolve(config: ExtractConfig) -> ExtractConfig:
-    """Fill every None with the default of the data set or the backbone; paths become absolute.
-
-    Raises ConfigError for an unknown data set, split, layer, prompt rule or a resolution that does not fit.
-    """
-    config = ExtractConfig.from_json(config.to_json())  # lists and paths from Python become what is stored
-    entry = find_dataset(config.dataset)
-    name = config.backbone or entry.backbone
-    info = describe(name)
-    there = tuple(entry.splits_in(config.data_root))
-    splits = config.splits or there
-    _check_splits(splits, there, config.dataset)
-    info.check_layers(config.layers or ())
-    resolution = config.resolution or entry.resolution or info.resolution
-    rows, columns = info.token_grid(resolution)
-    batch_size, partition_size = _batching(config, rows * columns)
-    if config.guidance is not None and info.guidance is None:
-        raise ConfigError(f"{info.name} takes no guidance scale; leave out --guidance {config.guidance:g}")
-    return replace(
-        config,
-        data_root=_absolute(config.data_root),
-        splits=splits,
-        backbone=name if name in BACKBONES else info.source,
-        layers=config.layers or info.layers,
-        timesteps=config.timesteps or info.timesteps,
-        concepts=entry.concepts if config.concepts is None else config.concepts,
-        discriminative=_encoders(config.discriminative, resolution),
-        resolution=resolution,
-        guidance=info.guidance if config.guidance is None else config.guidance,
-        text_length=config.text_length or info.text_length,
-        dtype=config.dtype or info.dtype,
-        batch_size=batch_size,
-        partition_size=partition_size,
-        store=_absolute(config.store or str(data_folder() / config.dataset / info.name)),
-    )
-
-
 def plan(config: ExtractConfig, samples: Mapping[str, Sequence[str]] | None = None) -> ExtractionPlan:
     """Work out a run: samples, arrays, bytes, files, time, free disk. Reads no weights, writes nothing.
 
@@ -129,8 +91,10 @@ def plan(config: ExtractConfig, samples: Mapping[str, Sequence[str]] | None = No
     """
     config = resolve(config)
     entry, info = find_dataset(config.dataset), describe(filled(config.backbone))
-    dataset = entry.open(config.data_root, filled(config.resolution))
-    prompts = open_prompts(config.prompts, entry.prompt_kinds)
+    dataset = entry.open(config.prompts if entry.drawn else config.data_root, filled(config.resolution))
+    prompts = (
+        dataset.rule if isinstance(dataset, PromptList) else open_prompts(config.prompts, entry.prompt_kinds)
+    )
     positions = _positions(config, dataset, samples)
     ids = {split: dataset.sample_ids(split) for split in positions}
     chosen = {split: tuple(ids[split][n] for n in where) for split, where in positions.items()}
@@ -162,6 +126,7 @@ def plan(config: ExtractConfig, samples: Mapping[str, Sequence[str]] | None = No
         ratio=ratio,
         stored_bytes=sum(estimated_bytes(schema, count, ratio and ratio.value) for count in counts),
         files=sum(file_count(schema, count) for count in counts),
+        scratch_bytes=_scratch_bytes(config, info, prompts, chosen, left=sum(counts) - done),
         cost=estimate(config, info, samples=sum(counts) - done),
         free_bytes=shutil.disk_usage(disk).free,
         free_files=_free_files(disk),
@@ -185,7 +150,7 @@ def check_disk(plan: ExtractionPlan) -> None:
         "choose fewer --layers, --timesteps or samples (--limit), another disk with --store, or try it all "
         "the same with --force"
     )
-    needed = math.ceil(plan.stored_bytes * left)
+    needed = math.ceil(plan.stored_bytes * left) + plan.scratch_bytes
     if needed > plan.free_bytes:
         raise StorageRefused(
             f"the store needs about {show_bytes(needed)} more, but the disk of {plan.store} has "
@@ -224,31 +189,19 @@ def show_bytes(count: float) -> str:
     return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.1f} {unit}"
 
 
-def _absolute(path: str | None) -> str | None:
-    return None if path is None else os.path.abspath(os.path.expanduser(path))
-
-
-def _check_splits(splits: Iterable[str], there: Sequence[str], dataset: str) -> None:
-    for split in splits:
-        if split not in there:
-            raise ConfigError(f"split {split!r} is not one of {dataset}: {', '.join(there)}")
-
-
-def _encoders(names: Iterable[str], resolution: int) -> tuple[str, ...]:
-    """Known encoders by name, others by folder. Raises ConfigError unless they divide the picture."""
-    encoders = {name: describe_encoder(name) for name in names}
-    for encoder in encoders.values():
-        encoder.grid(resolution)
-    return tuple(name if name in ENCODERS else encoder.source for name, encoder in encoders.items())
-
-
-def _batching(config: ExtractConfig, tokens: int) -> tuple[int, int]:
-    """Batch and partition size; a default gives way to the one that was chosen."""
-    batch = config.batch_size or max(1, min(LARGEST_BATCH, TOKENS_A_BATCH // tokens))
-    partition = config.partition_size or math.ceil(PARTITION / batch) * batch
-    if config.batch_size is None:
-        batch = next(size for size in range(batch, 0, -1) if partition % size == 0)
-    return batch, partition
+def _scratch_bytes(
+    config: ExtractConfig,
+    info: BackboneInfo,
+    prompts: PromptRule,
+    samples: Mapping[str, tuple[str, ...]],
+    *,
+    left: int,
+) -> int:
+    """Zero where the text encoders stay; concepts, one vector each, are not worth counting."""
+    if config.text_pass != "first":
+        return 0
+    different = prompts.most([sample_id for names in samples.values() for sample_id in names])
+    return min(different, left) * info.prompt_bytes(filled(config.text_length), filled(config.dtype))
 
 
 def _positions(
@@ -318,6 +271,7 @@ def _schema(config: ExtractConfig, info: BackboneInfo, dataset: Dataset) -> Stor
         labels=tuple(LabelArray(spec=spec, canvas=dataset.canvas) for spec in dataset.label_specs),
         partition_size=filled(config.partition_size),
         codec=config.codec,
+        drawn=config.generation is not None,
     )
 
 
@@ -331,7 +285,9 @@ def _lines(plan: ExtractionPlan) -> Iterable[tuple[str, str]]:
         "prompts",
         f"{config.prompts}{' (names the objects: scores are an upper bound)' * (config.prompts == ORACLE)}",
     )
-    yield "backbone", f"{plan.backbone.name}, {config.dtype} on {plan.cost.device}"
+    if config.generation is not None:
+        yield "drawing", describe_generation(config.generation)
+    yield "backbone", f"{plan.backbone.name}, {config.dtype} on {plan.cost.device}{_how(config)}"
     rows, columns = schema.grid
     tokens = f"{rows} x {columns} tokens of {schema.channels} channels"
     yield "input", f"{config.resolution} px square ({config.fit}) = {tokens}"
@@ -351,6 +307,11 @@ def _lines(plan: ExtractionPlan) -> Iterable[tuple[str, str]]:
         yield "note", f"the store was planned without {plan.new:,} of them; --append adds those"
     yield "size", f"{show_bytes(plan.raw_bytes)} raw in {plan.files:,} files{_compressed(plan)}"
     yield "arrays", ", ".join(f"{name} {show_bytes(size)}" for name, size in bytes_by_array(plan).items())
+    if config.text_pass == "first":
+        yield (
+            "text",
+            f"encoders first and alone, at most {show_bytes(plan.scratch_bytes)} of scratch while it runs",
+        )
     yield "time", str(plan.cost)
     if plan.cost.device == "cuda":
         yield "GPU memory", _gpu_memory(plan)
@@ -397,6 +358,13 @@ def _break_even(plan: ExtractionPlan) -> str:
     seconds = plan.cost.seconds / (plan.total - plan.done)
     speed = show_bytes(plan.stored_bytes / plan.total / seconds)
     return f"a disk that reads less than {speed}/s is slower than this machine's transformer"
+
+
+def _how(config: ExtractConfig) -> str:
+    """What is not as usual in how the backbone computes."""
+    weights = f", weights in {config.quantisation}" if config.quantisation != "none" else ""
+    kernels = f", {config.attention} attention" if config.attention != NATIVE else ""
+    return f"{weights}{kernels}{', compiled blocks' if config.compile else ''}"
 
 
 def _counts(samples: Mapping[str, tuple[str, ...]]) -> str:

@@ -3,32 +3,44 @@
 import logging
 import time
 from collections.abc import Collection, Generator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from mmdiff_cache.backbones.info import BackboneInfo
 from mmdiff_cache.backbones.registry import load_backbone
+from mmdiff_cache.backbones.text import TextSource
 from mmdiff_cache.config import ExtractConfig, filled
 from mmdiff_cache.encoders.registry import describe_encoder, load_encoder
-from mmdiff_cache.errors import BackboneError
+from mmdiff_cache.errors import BackboneError, ConfigError
+from mmdiff_cache.extraction.compilation import compile_blocks, compile_errors
 from mmdiff_cache.extraction.cost import operations_a_sample
 from mmdiff_cache.extraction.extractor import Extractor
-from mmdiff_cache.extraction.identity import build_manifest
+from mmdiff_cache.extraction.generation import Painter
+from mmdiff_cache.extraction.identity import Surroundings, build_manifest
 from mmdiff_cache.extraction.measured import Measured, keep_measured
+from mmdiff_cache.extraction.placement import open_cluster
 from mmdiff_cache.extraction.plan import ExtractionPlan, check_disk
 from mmdiff_cache.extraction.plan import plan as make_plan
 from mmdiff_cache.extraction.sources import check_unchanged, mended_partitions
+from mmdiff_cache.extraction.text_pass import text_of
 from mmdiff_cache.extraction.variants import variants_of
 from mmdiff_cache.extraction.worker import run_partition
 from mmdiff_cache.records import Progress
 from mmdiff_cache.store.arrays import hidden_states
+from mmdiff_cache.store.manifest import Manifest
 from mmdiff_cache.store.reader import Store, open_store
 from mmdiff_cache.store.records import Partition, Record
 from mmdiff_cache.store.schema import StoreSchema
 from mmdiff_cache.store.writer import StoreWriter, open_writer
+
+if TYPE_CHECKING:
+    from distributed import Client
+else:
+    Client = Any
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +52,8 @@ def extract(
     append: bool = False,
     redo: Collection[str] = (),
     force: bool = False,
+    workers: int | None = None,
+    client: Client | None = None,
 ) -> Store:
     """Run the backbone over the planned samples and return their store. Safe to run again, and to interrupt.
 
@@ -50,15 +64,53 @@ def extract(
     `redo` names partitions to extract again although they are recorded, as repair asks. `force` starts on a
     disk that seems too small. `progress` is called with samples done, all samples, and the speed.
 
+    Several visible GPUs are all used, each by a process of its own; `workers` says how many processes there
+    are, on CPUs too, and 0 that all is done in this one. `client` is that of a dask cluster to use instead,
+    which is left running. The bytes are the same wherever they are made (docs/clusters.md).
+
     Raises DataError when a source changed since it was extracted, StorageError when the disk is too small or
     refuses, StoreError when the folder holds something else, BackboneError when weights are missing or the
-    GPU's memory is too small.
+    GPU's memory is too small, ExtractionError when a partition ended its process again and again,
+    ClusterRefused and ClusterError when a cluster cannot do the work or is lost.
     """
     if isinstance(plan, ExtractConfig):
         plan = make_plan(plan)
     if not force:
         check_disk(plan)
-    manifest = build_manifest(plan)
+    with _cluster(plan, workers, client) as client:
+        where = None if client is None else _look_at(client, plan)
+        return _extract(plan, progress or _silent, append, redo, client, where)
+
+
+def _cluster(
+    plan: ExtractionPlan, workers: int | None, client: Client | None
+) -> AbstractContextManager[Client | None]:
+    if plan.config.text_pass == "first" and (client is not None or workers):
+        raise ConfigError(
+            "workers of a cluster keep the text encoders loaded; --set text_pass=together, or run without "
+            "--workers and --scheduler"
+        )
+    if client is not None and workers is not None:
+        raise ConfigError("workers starts a cluster and client is one; give one of them")
+    return open_cluster(plan.config, workers) if client is None else nullcontext(client)
+
+
+def _look_at(client: Client, plan: ExtractionPlan) -> Surroundings:
+    """What the workers of a cluster have in common. Refuses those that do not fit, before all else."""
+    from mmdiff_cache.extraction.cluster import in_common, survey
+
+    return in_common(survey(client, plan.config.device))
+
+
+def _extract(
+    plan: ExtractionPlan,
+    progress: Progress,
+    append: bool,
+    redo: Collection[str],
+    client: Client | None,
+    where: Surroundings | None,
+) -> Store:
+    manifest = build_manifest(plan, where)
     with open_writer(plan.store, manifest, append=append) as writer, _log_file(plan.store):
         pending = [partition for split in plan.samples for partition in writer.pending(split)]
         before = open_store(plan.store)
@@ -69,16 +121,35 @@ def extract(
         left = sum(partition.size for partition in pending)
         if pending:
             logger.info("%d of %d samples to extract\n%s", left, plan.total, plan)
-            _run(plan, writer, pending, progress or _silent)
+            if client is None or where is None:
+                _run(plan, writer, pending, progress)
+            else:
+                from mmdiff_cache.extraction.crew import run_on_cluster
+
+                run_on_cluster(client, where, plan, writer, pending, again, progress)
     return open_store(plan.store)
 
 
-def load_extractor(config: ExtractConfig, info: BackboneInfo) -> Extractor:
-    """Load a backbone for a resolved configuration, set up to capture what is configured."""
+def load_extractor(config: ExtractConfig, info: BackboneInfo, text: TextSource | None = None) -> Extractor:
+    """Load a backbone for a resolved configuration, set up to capture what is configured.
+
+    With `text`, its text encoders are left out.
+    """
     layers = filled(config.layers)
+    needed = layers if config.generation is None else None  # drawing takes all blocks
     backbone = load_backbone(
-        info, layers=layers, device=config.device, dtype=config.dtype, text_length=config.text_length
+        info,
+        layers=needed,
+        device=config.device,
+        dtype=config.dtype,
+        quantisation=config.quantisation or "none",
+        text_length=config.text_length,
+        text=text,
     )
+    if config.attention is not None:
+        backbone.use_attention(config.attention)
+    if config.compile:
+        compile_blocks(backbone.blocks, concepts=bool(config.concepts))
     return Extractor(
         backbone,
         layers=layers,
@@ -93,7 +164,7 @@ def load_extractor(config: ExtractConfig, info: BackboneInfo) -> Extractor:
     )
 
 
-def check_encoders(extractor: Extractor, schema: StoreSchema) -> None:
+def check_encoders(extractor: Extractor | Painter, schema: StoreSchema) -> None:
     """Raise BackboneError unless the loaded encoders are those whose features a store holds."""
     stored = {encoder.name: encoder.weights_sha256 for encoder in schema.discriminative}
     for encoder in extractor.encoders:
@@ -105,11 +176,33 @@ def check_encoders(extractor: Extractor, schema: StoreSchema) -> None:
             )
 
 
+def load_worker(
+    config: ExtractConfig, info: BackboneInfo, text: TextSource | None = None
+) -> Extractor | Painter:
+    """What turns the samples of a resolved configuration into features; see `load_extractor`."""
+    extractor = load_extractor(config, info, text)
+    if config.generation is None:
+        return extractor
+    return Painter(extractor, config.generation, resolution=filled(config.resolution))
+
+
 def _run(plan: ExtractionPlan, writer: StoreWriter, pending: list[Partition], progress: Progress) -> None:
     done = plan.total - sum(partition.size for partition in pending)
     progress(done, plan.total, f"loading {plan.backbone.name}")
-    extractor = load_extractor(plan.config, plan.backbone)
-    _check_backbone(plan, extractor, writer)
+    with text_of(plan, pending) as text:
+        extractor = load_worker(plan.config, plan.backbone, text)
+        check_backbone(plan, extractor, writer.manifest)
+        _extract_all(plan, extractor, writer, pending, progress)
+
+
+def _extract_all(
+    plan: ExtractionPlan,
+    extractor: Extractor | Painter,
+    writer: StoreWriter,
+    pending: list[Partition],
+    progress: Progress,
+) -> None:
+    done = plan.total - sum(partition.size for partition in pending)
     begun, first = time.monotonic(), done
 
     def advance(samples: int) -> None:
@@ -120,7 +213,7 @@ def _run(plan: ExtractionPlan, writer: StoreWriter, pending: list[Partition], pr
 
     records: list[Record] = []
     for partition in pending:
-        with writer.begin(partition) as out, _memory_errors(plan):
+        with writer.begin(partition) as out, memory_errors(plan), compile_errors():
             records.append(run_partition(plan, extractor, out, advance))
         for sample in records[-1].samples:
             if sample.state == "failed":
@@ -147,19 +240,22 @@ def _measured(plan: ExtractionPlan, records: Sequence[Record], seconds: float) -
     )
 
 
-def _check_backbone(plan: ExtractionPlan, extractor: Extractor, writer: StoreWriter) -> None:
-    """Its files may have changed since they were hashed for the manifest."""
+def check_backbone(plan: ExtractionPlan, extractor: Extractor | Painter, manifest: Manifest) -> None:
+    """Raise BackboneError when it is not the one of the manifest.
+
+    Its files may have changed since they were hashed for the manifest."""
     for name, value in extractor.backbone.identity().items():
-        if writer.manifest.identity[name] != value:
+        if manifest.identity[name] != value:
             raise BackboneError(
                 f"{plan.backbone.name} changed while it was loaded: its {name} was "
-                f"{writer.manifest.identity[name]}, is {value}; run again when its files are complete"
+                f"{manifest.identity[name]}, is {value}; run again when its files are complete"
             )
-    check_encoders(extractor, writer.manifest.schema)
+    check_encoders(extractor, manifest.schema)
 
 
 @contextmanager
-def _memory_errors(plan: ExtractionPlan) -> Generator[None]:
+def memory_errors(plan: ExtractionPlan) -> Generator[None]:
+    """Turn the GPU's lack of memory into a BackboneError with the remedy."""
     try:
         yield
     except torch.OutOfMemoryError as error:

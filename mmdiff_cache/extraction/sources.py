@@ -2,11 +2,14 @@
 
 import logging
 from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
 
+from mmdiff_cache.datasets.prompt_list import PromptList
 from mmdiff_cache.errors import DataError
 from mmdiff_cache.extraction.plan import ExtractionPlan
-from mmdiff_cache.extraction.worker import UNREADABLE, load_batch
-from mmdiff_cache.records import PreparedSample
+from mmdiff_cache.extraction.worker import UNREADABLE, Loaded, Unusable, load_batch
+from mmdiff_cache.records import PictureRequest, PreparedSample
 from mmdiff_cache.store.reader import SplitReader, Store
 from mmdiff_cache.store.records import Partition
 
@@ -16,23 +19,31 @@ logger = logging.getLogger(__name__)
 def check_unchanged(plan: ExtractionPlan, store: Store) -> None:
     """Compare one finished sample a split with its source, to notice another folder with the same names.
 
-    Raises DataError when picture or labels are not those from which the sample was made.
+    Prompts cost nothing to compare, so all of them are. Raises DataError when picture and labels, or prompt
+    and seed, are not those from which the sample was made.
     """
     for split in plan.samples:
         reader = store[split]
-        position = next(iter(_in_plan(plan, split, reader.finished)), None)
-        if position is None:
-            continue
-        (found,) = load_batch(plan, split, [position])
-        if not isinstance(found, PreparedSample):
-            raise DataError(
-                f"sample {found.sample_id!r} of {store.path} can no longer be read: {found.reason}"
-            )
-        if found.content_hash != reader.content_hash(position):
-            raise DataError(
-                f"sample {found.sample_id!r} is not the picture from which {store.path} was made; "
-                "give the same --data-root, or another --store for the changed pictures"
-            )
+        finished = _in_plan(plan, split, reader.finished)
+        for position in finished if isinstance(plan.dataset, PromptList) else islice(finished, 1):
+            (found,) = load_batch(plan, split, [position])
+            _check_same(found, reader, position, store.path)
+
+
+def _check_same(found: Loaded, reader: SplitReader, position: int, path: Path) -> None:
+    if isinstance(found, Unusable):
+        raise DataError(f"sample {found.sample_id!r} of {path} can no longer be read: {found.reason}")
+    if found.content_hash == reader.content_hash(position):
+        return
+    if isinstance(found, PictureRequest):
+        raise DataError(
+            f"sample {found.sample_id!r} of {path} was drawn from another prompt or seed than "
+            f"{found.prompt!r} and {found.seed}; give those again, or another --store"
+        )
+    raise DataError(
+        f"sample {found.sample_id!r} is not the picture from which {path} was made; "
+        "give the same --data-root, or another --store for the changed pictures"
+    )
 
 
 def mended_partitions(plan: ExtractionPlan, store: Store) -> list[Partition]:

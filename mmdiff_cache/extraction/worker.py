@@ -5,11 +5,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from mmdiff_cache.config import filled
+from mmdiff_cache.datasets.prompt_list import PromptList
 from mmdiff_cache.datasets.transforms import prepare
 from mmdiff_cache.errors import DataError
 from mmdiff_cache.extraction.extractor import Extractor, failures
+from mmdiff_cache.extraction.generation import Painter
 from mmdiff_cache.extraction.plan import ExtractionPlan
-from mmdiff_cache.records import FeatureBatch, PreparedSample
+from mmdiff_cache.records import FeatureBatch, PictureRequest, PreparedSample
 from mmdiff_cache.store.partition import PartitionWriter
 from mmdiff_cache.store.records import Record
 
@@ -22,19 +24,23 @@ class Unusable:
     reason: str
 
 
-Loaded = PreparedSample | Unusable
+Loaded = PreparedSample | PictureRequest | Unusable
 UNREADABLE = "cannot be read: "
 """How the reason of a sample begins that may be mended by mending its file."""
 
 
 def run_partition(
-    plan: ExtractionPlan, extractor: Extractor, writer: PartitionWriter, advance: Callable[[int], None]
+    plan: ExtractionPlan,
+    extractor: Extractor | Painter,
+    writer: PartitionWriter,
+    advance: Callable[[int], None],
 ) -> Record:
     """Extract every sample of the writer's partition and commit it.
 
     Batches are cut from the plan and each fills the whole batch size, so a sample's features do not depend on
     what else is left to do. While the model computes one batch, the next is read and the one before it is
-    compressed and staged, so two batches are in memory besides it. `advance` is told the samples of each
+    compressed and staged, so two batches are in memory besides it. Of two partitions in one process, one
+    computes while the other is committed. `advance` is told the samples of each
     batch once they are staged. A sample that cannot be read, or whose features are not finite, is
     recorded as failed.
     """
@@ -49,14 +55,15 @@ def run_partition(
         ThreadPoolExecutor(max_workers=1, thread_name_prefix="stage") as stager,
     ):
         ahead, behind = reader.submit(load, starts[0]), None
-        for start in starts:
-            batch = ahead.result()
-            if start + size < partition.stop:
-                ahead = reader.submit(load, start + size)
-            computed = _compute(plan, extractor, batch)
-            if behind is not None:
-                advance(behind.result())
-            behind = stager.submit(_stage, writer, start - partition.start, batch, computed)
+        with extractor.turn:
+            for start in starts:
+                batch = ahead.result()
+                if start + size < partition.stop:
+                    ahead = reader.submit(load, start + size)
+                computed = _compute(plan, extractor, batch)
+                if behind is not None:
+                    advance(behind.result())
+                behind = stager.submit(_stage, writer, start - partition.start, computed)
         if behind is not None:
             advance(behind.result())
     return writer.commit()
@@ -68,8 +75,11 @@ def load_batch(plan: ExtractionPlan, split: str, indices: Sequence[int]) -> list
 
 
 def _load(plan: ExtractionPlan, split: str, index: int) -> Loaded:
+    position = plan.positions[split][index]
+    if isinstance(plan.dataset, PromptList):
+        return plan.dataset.request(position, filled(plan.config.generation).seed)
     try:
-        sample = plan.dataset.load(split, plan.positions[split][index])
+        sample = plan.dataset.load(split, position)
         return prepare(
             sample,
             filled(plan.config.resolution),
@@ -83,32 +93,42 @@ def _load(plan: ExtractionPlan, split: str, index: int) -> Loaded:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Computed:
-    """What came of a batch: the features of all that passed, and why some cannot be stored, by position."""
+    """What came of a batch: samples and features of all that passed, and why some cannot be stored."""
 
+    ids: tuple[str, ...]
+    samples: Sequence[PreparedSample]
+    """Those of the batch, another in the place of one that could not be read."""
     features: FeatureBatch | None
     reasons: dict[int, str]
+    """By position in the batch."""
 
 
-def _compute(plan: ExtractionPlan, extractor: Extractor, batch: Sequence[Loaded]) -> _Computed:
-    """One forward pass of the whole batch size; samples that cannot be used are stood in for by another."""
-    usable = [sample for sample in batch if isinstance(sample, PreparedSample)]
+def _compute(plan: ExtractionPlan, extractor: Extractor | Painter, batch: Sequence[Loaded]) -> _Computed:
+    """One pass of the whole batch size; samples that cannot be used are stood in for by another."""
+    ids = tuple(loaded.sample_id for loaded in batch)
+    usable = [loaded for loaded in batch if not isinstance(loaded, Unusable)]
     reasons = {position: bad.reason for position, bad in enumerate(batch) if isinstance(bad, Unusable)}
     if not usable:
-        return _Computed(features=None, reasons=reasons)
-    passing = [sample if isinstance(sample, PreparedSample) else usable[0] for sample in batch]
-    features = extractor([*passing, *[usable[0]] * (filled(plan.config.batch_size) - len(batch))])
+        return _Computed(ids=ids, samples=(), features=None, reasons=reasons)
+    passing = [usable[0] if isinstance(loaded, Unusable) else loaded for loaded in batch]
+    passing += [usable[0]] * (filled(plan.config.batch_size) - len(batch))
+    if isinstance(extractor, Painter):
+        samples, features = extractor([one for one in passing if isinstance(one, PictureRequest)])
+    else:
+        samples = [one for one in passing if isinstance(one, PreparedSample)]
+        features = extractor(samples)
     found = failures(features, extractor.layers, extractor.timesteps)
-    return _Computed(features=features, reasons=found | reasons)
+    return _Computed(ids=ids, samples=samples, features=features, reasons=found | reasons)
 
 
-def _stage(writer: PartitionWriter, offset: int, batch: Sequence[Loaded], computed: _Computed) -> int:
+def _stage(writer: PartitionWriter, offset: int, computed: _Computed) -> int:
     """Give a batch to the store; how many samples it had."""
-    for position, sample in enumerate(batch):
+    for position, sample_id in enumerate(computed.ids):
         if position in computed.reasons:
-            writer.fail(offset + position, sample.sample_id, computed.reasons[position])
-        elif isinstance(sample, PreparedSample) and computed.features is not None:
-            writer.write(offset + position, [sample], _row(computed.features, position))
-    return len(batch)
+            writer.fail(offset + position, sample_id, computed.reasons[position])
+        elif computed.features is not None:
+            writer.write(offset + position, [computed.samples[position]], _row(computed.features, position))
+    return len(computed.ids)
 
 
 def _row(features: FeatureBatch, position: int) -> FeatureBatch:
@@ -121,4 +141,5 @@ def _row(features: FeatureBatch, position: int) -> FeatureBatch:
         latents=features.latents[row],
         audit=features.audit[row],
         discriminative={name: maps[row] for name, maps in features.discriminative.items()},
+        sigmas=None if features.sigmas is None else features.sigmas[row],
     )

@@ -55,6 +55,7 @@ def arrays(schema: "StoreSchema", samples: int) -> tuple[ArraySpec, ...]:
         hidden_states(schema, samples),
         *_scales(schema, samples),
         *_sample_arrays(schema, samples),
+        *_drawing_arrays(schema, samples),
         *(spec for words in schema.vocabularies for spec in _concept_arrays(schema, words, samples)),
         *(spec for encoder in schema.discriminative for spec in _encoder_arrays(schema, encoder, samples)),
         *(spec for label in schema.labels for spec in _label_arrays(schema, label, samples)),
@@ -191,6 +192,20 @@ def _sample_arrays(schema: "StoreSchema", samples: int) -> tuple[ArraySpec, ...]
         _small(
             schema, samples, "noise_key", "uint64", {**variants, "word": 2}, "Philox key of the noise",
             fill=0, single=0,
+        ),
+    )  # fmt: skip
+
+
+def _drawing_arrays(schema: "StoreSchema", samples: int) -> tuple[ArraySpec, ...]:
+    if not schema.drawn:
+        return ()
+    seed_note = "seed of the noise that the picture was drawn from"
+    sigma_note = "noise level at which the maps of a timestep were captured"
+    return (
+        _small(schema, samples, "generation_seed", "int64", {}, seed_note, fill=-1, single=0),
+        _small(
+            schema, samples, "sigma", "float32", {"timestep": len(schema.timesteps)}, sigma_note,
+            fill=math.nan, single=0,
         ),
     )  # fmt: skip
 

@@ -24,6 +24,7 @@ def feature_arrays(features: FeatureBatch) -> dict[str, NDArray[Any]]:
         "hidden_states": features.hidden_states,
         "latents": features.latents,
         "audit": features.audit,
+        **({} if features.sigmas is None else {"sigma": features.sigmas}),
         **{f"concepts/{name}/scores": scores for name, scores in features.concept_scores.items()},
         **{f"concepts/{name}/maps": maps for name, maps in features.concept_maps.items()},
         **{discriminative_path(name): maps for name, maps in features.discriminative.items()},
@@ -36,7 +37,8 @@ def check_batch(specs: Mapping[str, ArraySpec], features: FeatureBatch, samples:
     wanted = {
         p: s
         for p, s in specs.items()
-        if p in ("hidden_states", "latents", "audit") or p.startswith(("concepts/", "discriminative/"))
+        if p in ("hidden_states", "latents", "audit", "sigma")
+        or p.startswith(("concepts/", "discriminative/"))
     }
     if given.keys() != wanted.keys():
         raise StoreError(f"a batch must hold the arrays {sorted(wanted)}, got {sorted(given)}")
@@ -54,6 +56,8 @@ def sample_fault(schema: StoreSchema, sample: PreparedSample, row: Mapping[str, 
     reason = _non_finite(schema, row)
     if reason is not None:
         return reason
+    if schema.drawn != (sample.generation_seed is not None):
+        return "a picture that was drawn has a generation seed, and no other has one"
     if not is_text(sample.prompt):
         return f"prompt is not UTF-8 text: {sample.prompt!a}"
     if sample.image.dtype != np.uint8 or sample.image.shape != (*schema.image_size, 3):

@@ -242,6 +242,7 @@ def _sample(reader: SplitReader, position: int) -> PreparedSample:
         labels={name: reader.labels(name, [position])[0] for name in names},
         original_labels={name: reader.original_label(name, position) for name in names},
         content_hash=reader.content_hash(position),
+        generation_seed=int(reader.generation_seeds([position])[0]) if reader.drawn else None,
     )
 
 
@@ -278,4 +279,5 @@ def _features(conversion: Conversion, reader: SplitReader, position: int) -> Fea
             )[None]
             for encoder in conversion.manifest.schema.discriminative
         },
+        sigmas=reader.sigmas([position])[:, kept[2].ravel()] if reader.drawn else None,
     )

@@ -20,7 +20,7 @@ from mmdiff_cache.errors import MMDiffError, StorageError, StorageRefused
 logger = logging.getLogger(__name__)
 
 STAGING = "staging"
-_OUR_NAME = re.compile(r"(file|[A-Za-z0-9_-]+-\d{6,})-\d+-[0-9a-f]{8}")
+_OUR_NAME = re.compile(r"(file|text|[A-Za-z0-9_-]+-\d{6,})-\d+-[0-9a-f]{8}")
 _REASONS = {
     errno.ENOSPC: "no space left on the device",
     errno.EDQUOT: "the disk quota is used up",

@@ -156,6 +156,8 @@ class PartitionWriter:
             self._buffers[path][offset] = values
         self._buffers["images"][offset] = sample.image
         self._buffers["prompt"][offset] = sample.prompt
+        if self._schema.drawn:
+            self._buffers["generation_seed"][offset] = sample.generation_seed
         for variant, setting in enumerate(self._schema.variants):
             key = noise_key(self.manifest.seed, sample.sample_id, setting.noise_draw)
             self._buffers["noise_key"][offset, variant] = key

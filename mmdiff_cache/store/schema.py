@@ -95,6 +95,8 @@ class StoreSchema(Config):
     partition_size: int = 64
     """Samples a partition: the unit of work, of completion and of redo."""
     codec: Codec = "zstd"
+    drawn: bool = False
+    """Whether the pictures were drawn from their prompts: each then has a seed, each map a noise level."""
 
     @property
     def extracted(self) -> "StoreSchema":

@@ -84,6 +84,11 @@ class SplitReader:
         return self._schema.codec == "int8"
 
     @property
+    def drawn(self) -> bool:
+        """Whether the pictures were drawn from their prompts."""
+        return self._schema.drawn
+
+    @property
     def label_specs(self) -> dict[str, LabelSpec]:
         """What the values of each label set mean, by name."""
         return {label.spec.name: label.spec for label in self._schema.labels}
@@ -253,6 +258,17 @@ class SplitReader:
         """The texts that conditioned the backbone."""
         return [str(text) for text in self._rows("prompt", samples)]
 
+    def generation_seeds(self, samples: Sequence[int]) -> NDArray[np.int64]:
+        """Seeds of the noise that pictures were drawn from, [B]. Raises ConfigError where none was drawn."""
+        return self._rows(self._of_drawing("generation_seed"), samples)
+
+    def sigmas(self, samples: Sequence[int]) -> NDArray[np.float32]:
+        """The noise level at which each stored timestep was captured, [B T]: t itself, but in mode `nearest`.
+
+        Raises ConfigError where no picture was drawn.
+        """
+        return self._rows(self._of_drawing("sigma"), samples)
+
     def stored_ids(self, samples: Sequence[int]) -> list[str]:
         """The ids as the store's own array has them; `ids` are those of the manifest."""
         return [str(name) for name in self._rows("sample_id", samples)]
@@ -300,6 +316,11 @@ class SplitReader:
             stored = ", ".join(self.label_specs) or "none"
             raise ConfigError(f"label set {name!r} is not in {self.path}; stored: {stored}")
         return name
+
+    def _of_drawing(self, path: str) -> str:
+        if not self._schema.drawn:
+            raise ConfigError(f"{self.path} has no {path}: its pictures were not drawn from prompts")
+        return path
 
     def _rows(self, path: str, samples: Sequence[int], variant: int | None = None) -> NDArray[Any]:
         """Rows of a small array."""

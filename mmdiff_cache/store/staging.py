@@ -5,10 +5,12 @@ The order lets a kill at any moment leave either no record or a true one.
 
 import os
 import shutil
+import threading
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numcodecs.blosc
 import numpy as np
 import zarr
 from numpy.typing import NDArray
@@ -23,6 +25,9 @@ from .shard_writer import write_shard
 from .shards import ShardLayout, parse_layout
 from .threads import codec_pool
 
+_CONFIG = threading.Lock()
+"""zarr's configuration is the process's: a thread must not put it back while another relies on it."""
+
 
 class Staging:
     """A folder of its own under staging/, with what was staged so far. OSErrors pass, but from the start."""
@@ -31,6 +36,7 @@ class Staging:
         self._root, self._partition, self._specs = root, partition, specs
         self._files: dict[str, FileEntry] = {}
         self._layouts: dict[str, ShardLayout] = {}
+        numcodecs.blosc.use_threads = False  # as in open_writer, which may have run in another process
         with storage_errors(root):
             self._folder = staging_folder(root, partition.name)
 
@@ -94,5 +100,5 @@ class Staging:
         folder.mkdir(parents=True)
         shutil.copyfile(self._root / name / "zarr.json", folder / "zarr.json")
         # open_array ignores a config of its own; without this a shard of nothing but fill is not written
-        with zarr.config.set({"array.write_empty_chunks": True}):
+        with _CONFIG, zarr.config.set({"array.write_empty_chunks": True}):
             return zarr.open_array(folder, mode="r+", zarr_format=3)

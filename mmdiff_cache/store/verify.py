@@ -283,6 +283,10 @@ def _wrong_identity(reader: SplitReader, sample: int) -> str | None:
         return "its noise key is not that of its id"
     reader.prompts([sample])
     reader.images([sample])
+    if reader.drawn and reader.generation_seeds([sample])[0] < 0:
+        return "it has no generation seed"
+    if reader.drawn and not np.isfinite(reader.sigmas([sample])).all():
+        return "it was captured at noise levels that are not finite"
     return None
 
 

@@ -29,7 +29,7 @@ from .manifest import (
 )
 from .metadata import check_metadata, split_files
 from .partition import PartitionWriter
-from .records import Partition, first_fault, read_record
+from .records import Partition, Record, first_fault, read_record
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +52,8 @@ class StoreWriter:
                 f"split {split!r} was not planned for {self.path}; planned: {', '.join(self.asked.splits)}"
             )
         asked = len(self.asked.splits[split])
-        return [p for p in self.manifest.partitions(split) if p.start < asked and not self._is_recorded(p)]
+        planned = [p for p in self.manifest.partitions(split) if p.start < asked]
+        return [p for p in planned if valid_record(self.path, self.manifest, p) is None]
 
     def begin(self, partition: Partition) -> PartitionWriter:
         """Start writing one of the pending partitions."""
@@ -71,20 +72,6 @@ class StoreWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-    def _is_recorded(self, partition: Partition) -> bool:
-        ids = self.manifest.splits[partition.split][partition.start : partition.stop]
-        try:
-            record = read_record(self.path, partition, self.manifest.fingerprint, ids)
-        except DamageError as error:
-            logger.warning("partition %s will be written again: %s", partition.name, error)
-            return False
-        if record is None:
-            return False
-        fault = first_fault(self.path, record)
-        if fault is not None:
-            logger.warning("partition %s will be written again: %s", partition.name, fault)
-        return fault is None and record.stop == partition.stop
 
 
 def open_writer(path: str | os.PathLike[str], manifest: Manifest, *, append: bool = False) -> StoreWriter:
@@ -125,6 +112,22 @@ def open_writer(path: str | os.PathLike[str], manifest: Manifest, *, append: boo
         lock.release()
         raise
     return writer
+
+
+def valid_record(root: Path, manifest: Manifest, partition: Partition) -> Record | None:
+    """The record of a whole partition whose files are all there; None where it must be written (again)."""
+    ids = manifest.splits[partition.split][partition.start : partition.stop]
+    try:
+        record = read_record(root, partition, manifest.fingerprint, ids)
+    except DamageError as error:
+        logger.warning("partition %s will be written again: %s", partition.name, error)
+        return None
+    if record is None:
+        return None
+    fault = first_fault(root, record)
+    if fault is not None:
+        logger.warning("partition %s will be written again: %s", partition.name, fault)
+    return record if fault is None and record.stop == partition.stop else None
 
 
 def _check_folder(root: Path) -> None:

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from mmdiff_cache.backbones.base import PromptEmbeddings
 from mmdiff_cache.backbones.flux import FluxBackbone
-from mmdiff_cache.backbones.pipeline import PROMPT_CACHE
 from mmdiff_cache.backbones.registry import describe, load_backbone
+from mmdiff_cache.backbones.text import PROMPT_CACHE, SavedText
 from mmdiff_cache.errors import BackboneError, ConfigError
 from mmdiff_cache.extraction.concept_attention import reading
 from mmdiff_cache.extraction.taps import capturing
@@ -240,7 +240,9 @@ def test_flux_dev_at_full_size_runs_through_the_same_code(tiny_flux_folder: Path
     with torch.device("meta"):
         transformer = FluxTransformer2DModel(guidance_embeds=True).to(torch.bfloat16)
     pipeline = FluxPipeline.from_pretrained(tiny_flux_folder, transformer=transformer)
-    backbone = FluxBackbone(info, pipeline, folder=tiny_flux_folder, text_length=info.text_length)
+    backbone = FluxBackbone(
+        info, pipeline, folder=tiny_flux_folder, text=SavedText(tiny_flux_folder, device=torch.device("meta"))
+    )
     assert tuple(backbone.blocks) == info.blocks
     channels, height, width = info.latent_shape(info.resolution)
     t = torch.empty(2, device="meta")

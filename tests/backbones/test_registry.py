@@ -62,6 +62,8 @@ def test_the_rules_for_any_folder_give_the_named_backbones_their_defaults() -> N
         latent_channels=4,
         vae_factor=4,
         guidance_embeds=True,
+        text_channels=96,
+        pooled_channels=96,
     )
     assert default_layers(scenes) == BACKBONES["flux-scenes"].layers
     assert default_concept_blocks(scenes) == ("double.2", "double.3")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from mmdiff_cache.backbones.base import PromptEmbeddings
 from mmdiff_cache.backbones.registry import describe, load_backbone
 from mmdiff_cache.backbones.sd3 import SD3Backbone
+from mmdiff_cache.backbones.text import SavedText
 from mmdiff_cache.config import ExtractConfig
 from mmdiff_cache.errors import BackboneError
 from mmdiff_cache.extraction.concept_attention import reading
@@ -248,7 +249,7 @@ def test_sd35_at_full_size_runs_through_the_same_code(
             pos_embed_max_size=192,
         ).to(torch.bfloat16)
     whole = StableDiffusion3Pipeline.from_pretrained(folder, transformer=transformer)
-    backbone = SD3Backbone(info, whole, folder=folder, text_length=info.text_length)
+    backbone = SD3Backbone(info, whole, folder=folder, text=SavedText(folder, device=torch.device("meta")))
     assert tuple(backbone.blocks) == info.blocks
     text = info.architecture.clip_tokens + info.text_length
     prompts = PromptEmbeddings(

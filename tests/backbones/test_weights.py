@@ -11,14 +11,16 @@ from huggingface_hub import constants
 
 from mmdiff_cache.backbones.registry import describe, load_backbone
 from mmdiff_cache.backbones.weights import hash_weights, locate, weight_files
-from mmdiff_cache.errors import BackboneError
+from mmdiff_cache.errors import BackboneError, ConfigError
 
 REVISION = "0" * 40
 
 
-def cache_as_flux_dev(folder: Path, hub_cache: Path) -> Path:
+def cache_as_flux_dev(
+    folder: Path, hub_cache: Path, name: str = "models--black-forest-labs--FLUX.1-dev"
+) -> Path:
     """Lay a pipeline out as the hub's client caches FLUX.1-dev: blobs named by hash, a snapshot of links."""
-    repository = hub_cache / "models--black-forest-labs--FLUX.1-dev"
+    repository = hub_cache / name
     snapshot = repository / "snapshots" / REVISION
     (repository / "blobs").mkdir(parents=True)
     (repository / "refs").mkdir()
@@ -152,3 +154,44 @@ def test_shards_are_listed_by_their_index(tmp_path: Path, tiny_flux_folder: Path
         "transformer/part-2.safetensors",
         "vae/diffusion_pytorch_model.safetensors",
     ]
+
+
+def test_any_repository_of_the_family_is_described_and_loaded_from_the_cache(
+    tmp_path: Path, tiny_flux_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshot = cache_as_flux_dev(tiny_flux_folder, tmp_path, "models--someone--tiny")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    info, local = describe("someone/tiny"), describe(str(tiny_flux_folder))
+    assert (info.name, info.source, info.dtype) == ("tiny", "someone/tiny", "bfloat16")
+    assert info.architecture == local.architecture
+    assert (info.layers, info.text_length) == (local.layers, local.text_length)
+    assert locate(info) == snapshot
+    assert tuple(load_backbone(info).blocks) == info.blocks
+    for file in snapshot.rglob("*.safetensors"):
+        file.unlink()
+    assert describe("someone/tiny") == info, "configuration files are enough for a plan"
+    with pytest.raises(BackboneError, match="the weights of tiny are not on this machine"):
+        locate(info)
+
+
+def test_a_repository_out_of_reach_is_refused_with_the_lines_to_type(
+    tmp_path: Path, tiny_flux_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(
+        BackboneError, match="the configuration of someone/tiny is neither in the local"
+    ) as said:
+        describe("someone/tiny")
+    first, *lines = str(said.value).splitlines()
+    assert "hub" in first
+    assert [line.split()[0] for line in lines] == ["hf", "hf", "--backbone"]
+    snapshot = cache_as_flux_dev(tiny_flux_folder, tmp_path, "models--someone--tiny")
+    (snapshot / "vae" / "config.json").unlink()
+    with pytest.raises(BackboneError, match="the configuration of someone/tiny"):
+        describe("someone/tiny")
+
+
+def test_what_is_no_name_no_folder_and_no_repository_is_refused() -> None:
+    for name in ("nothing", "a/b/c", "../folder", "./x y"):
+        with pytest.raises(ConfigError, match="neither a backbone"):
+            describe(name)

@@ -185,6 +185,11 @@ def test_killed_again_and_again(runner: Runner, reference: Reference, tmp_path: 
     assert tree(store) == reference.tree
 
 
+def test_a_run_in_one_process_imports_no_dask(runner: Runner, tmp_path: Path) -> None:
+    status, _ = runner.run(tmp_path / "store")
+    assert os.waitstatus_to_exitcode(status) == 0
+
+
 def test_a_run_over_a_finished_store_changes_nothing(
     runner: Runner, reference: Reference, tmp_path: Path
 ) -> None:

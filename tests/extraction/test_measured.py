@@ -13,7 +13,8 @@ from mmdiff_cache.backbones.registry import describe
 from mmdiff_cache.backbones.timing import time_blocks
 from mmdiff_cache.config import ExtractConfig
 from mmdiff_cache.extraction.measured import FILE, known_speed, machine_of
-from mmdiff_cache.extraction.plan import plan, resolve, with_timed_blocks
+from mmdiff_cache.extraction.plan import plan, with_timed_blocks
+from mmdiff_cache.extraction.resolve import resolve
 from mmdiff_cache.extraction.run import extract
 from mmdiff_cache.store.reader import Store
 from tests.tiny_sd3 import save_tiny_sd3

@@ -17,9 +17,9 @@ from mmdiff_cache.extraction.plan import (
     check_disk,
     existing_parent,
     plan,
-    resolve,
     show_bytes,
 )
+from mmdiff_cache.extraction.resolve import resolve
 
 Usage = namedtuple("Usage", "total used free")
 
@@ -34,7 +34,7 @@ def config(tiny_flux_folder: Path, tmp_path: Path) -> ExtractConfig:
 def test_resolving_fills_every_field_and_changes_nothing_twice(config: ExtractConfig) -> None:
     resolved = resolve(config)
     empty = [f.name for f in fields(resolved) if getattr(resolved, f.name) is None]
-    assert empty == ["data_root"]  # scenes have no files
+    assert empty == ["data_root", "generation"]  # scenes have no files, and no model draws them
     assert resolve(resolved) == resolved
     assert resolved.splits == ("train", "val", "test")
     assert resolved.layers == ("single.0", "single.1", "single.2", "single.3")
