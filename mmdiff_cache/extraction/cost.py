@@ -88,7 +88,7 @@ def forward_operations(info: BackboneInfo, resolution: int, text_length: int, bl
     """Floating-point operations of one forward pass through so many blocks.
 
     A block costs 24 C^2 S + 4 S^2 C for S tokens of text and image, double and single blocks alike; the
-    concept stream, the VAE and the text encoders are left out.
+    concept stream, the VAE and all encoders are left out.
     """
     rows, columns = info.token_grid(resolution)
     tokens, width = rows * columns + info.architecture.clip_tokens + text_length, info.channels

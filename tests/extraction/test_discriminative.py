@@ -22,16 +22,44 @@ from mmdiff_cache.extraction.run import extract, load_extractor
 from mmdiff_cache.extraction.worker import load_batch
 from mmdiff_cache.records import PreparedSample
 from mmdiff_cache.store.convert import Selection, convert, plan_conversion
+from mmdiff_cache.store.reader import Store
 from mmdiff_cache.store.verify import verify
 from tests.tiny_dinov3 import CHANNELS, LAYERS, save_tiny_dinov3
 
 NAME = "tiny-dinov3"
 
 
+@pytest.fixture(scope="module")
+def stored(
+    tiny_flux_folder: Path, tiny_dinov3_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Store:
+    """Three scenes of 64 pixels: 8 x 8 tokens, 4 x 4 patches. Tests leave its data as it is."""
+    config = ExtractConfig(
+        backbone=str(tiny_flux_folder),
+        store=str(tmp_path_factory.mktemp("stores") / "store"),
+        splits=("val",),
+        limit=3,
+        resolution=64,
+        batch_size=2,
+        partition_size=2,
+        layers=("double.1", "single.2"),
+        timesteps=(0.5,),
+        concepts={},
+        discriminative=(str(tiny_dinov3_folder),),
+    )
+    return extract(config)
+
+
 @pytest.fixture
-def both(config: ExtractConfig, tiny_dinov3_folder: Path) -> ExtractConfig:
-    """Three scenes of 64 pixels: 8 x 8 tokens, 4 x 4 patches."""
-    return replace(config, limit=3, discriminative=(str(tiny_dinov3_folder),))
+def asked(stored: Store) -> ExtractConfig:
+    """What the store was made with."""
+    return ExtractConfig.from_json({**stored.manifest.config, "store": str(stored.path)})
+
+
+@pytest.fixture
+def both(asked: ExtractConfig, tmp_path: Path) -> ExtractConfig:
+    """The same into a folder of the test's own."""
+    return replace(asked, store=str(tmp_path / "store"))
 
 
 def changed(folder: Path, target: Path, change: Callable[[torch.Tensor], torch.Tensor]) -> Path:
@@ -44,33 +72,36 @@ def changed(folder: Path, target: Path, change: Callable[[torch.Tensor], torch.T
     return copy
 
 
-def test_the_store_holds_what_the_encoder_gives(both: ExtractConfig, tiny_dinov3_folder: Path) -> None:
+def test_the_store_holds_what_the_encoder_gives(
+    stored: Store, asked: ExtractConfig, tiny_dinov3_folder: Path
+) -> None:
     """Through our reader, through plain zarr, and against the encoder on its own."""
-    planned = plan(both)
-    store = extract(planned)
-    reader = store["val"]
+    planned, reader = plan(asked), stored["val"]
     assert reader.discriminative[NAME].layers == LAYERS
-    stored = reader.discriminative_features(NAME, range(3))
-    assert stored.shape == (3, 2, 4, 4, CHANNELS)
+    features = reader.discriminative_features(NAME, range(3))
+    assert features.shape == (3, 2, 4, 4, CHANNELS)
     batch = [s for s in load_batch(planned, "val", [0, 1]) if isinstance(s, PreparedSample)]
     online = load_extractor(planned.config, planned.backbone)(batch).discriminative[NAME]
-    assert online[:, 0].tobytes() == stored[:2].tobytes()
+    assert online[:, 0].tobytes() == features[:2].tobytes()
     encoder = load_encoder(describe_encoder(str(tiny_dinov3_folder)))
     alone = encoder(torch.from_numpy(reader.images([0, 1])))
-    np.testing.assert_array_equal(stored[:2], clamp_to_float16(alone).numpy())
-    array = zarr.open_array(store.path / "val.zarr" / "discriminative" / NAME / "features", mode="r")
-    np.testing.assert_array_equal(array[:, 0], stored)
-    assert str(NAME) in str(store)
-    assert verify(store.path).sound
+    np.testing.assert_array_equal(features[:2], clamp_to_float16(alone).numpy())
+    array = zarr.open_array(stored.path / "val.zarr" / "discriminative" / NAME / "features", mode="r")
+    np.testing.assert_array_equal(array[:, 0], features)
+    assert f"discriminative {NAME}: blocks 1, 3 of 4 x 4 x {CHANNELS}" in str(stored)
+    assert verify(stored.path).sound
 
 
-def test_features_of_the_backbone_are_the_same_with_and_without(both: ExtractConfig) -> None:
-    with_it = extract(both)
-    without = extract(replace(both, discriminative=(), store=f"{both.store}-without"))
-    assert with_it.manifest.fingerprint == without.manifest.fingerprint
-    one, other = (store["val"].hidden_states(range(3)) for store in (with_it, without))
+def test_features_of_the_backbone_are_the_same_with_and_without(stored: Store, both: ExtractConfig) -> None:
+    """And a store without cannot be gone on with as if it had them, while one with them serves both."""
+    without = extract(replace(both, discriminative=()))
+    assert stored.manifest.fingerprint == without.manifest.fingerprint
+    one, other = (store["val"].hidden_states(range(3)) for store in (stored, without))
     assert one.tobytes() == other.tobytes()
     assert not without["val"].discriminative
+    with pytest.raises(StoreError, match=f"contents discriminative.{NAME} is absent in the store, 1, 3 was"):
+        extract(both)
+    assert extract(replace(both, discriminative=(), store=str(stored.path)))["val"].discriminative
 
 
 def test_a_mirrored_twin_is_encoded_mirrored_and_draws_share_their_features(both: ExtractConfig) -> None:
@@ -87,37 +118,27 @@ def test_a_mirrored_twin_is_encoded_mirrored_and_draws_share_their_features(both
     assert not np.array_equal(maps[0], maps[2])
 
 
-def test_the_plan_counts_its_bytes_and_files_and_shows_its_licence(both: ExtractConfig) -> None:
-    planned, without = plan(both), plan(replace(both, discriminative=()))
+def test_the_plan_counts_its_bytes_and_files_and_shows_its_licence(
+    stored: Store, asked: ExtractConfig
+) -> None:
+    planned, without = plan(asked), plan(replace(asked, discriminative=()))
     assert planned.raw_bytes - without.raw_bytes == 3 * 2 * 4 * 4 * CHANNELS * 2
     assert f"encoder    {NAME}: blocks 1, 3 of 4 x 4 x {CHANNELS} (see the model's own card)" in str(planned)
-    store = extract(planned)
-    files = sum(1 for file in store.path.rglob("*.zarr/**/*") if file.is_file())
-    assert files + len(list((store.path / "partitions").iterdir())) == planned.files
-    named = plan(replace(both, discriminative=("dinov3-vitb16",), resolution=512, layers=None))
+    files = sum(1 for file in stored.path.rglob("*.zarr/**/*") if file.is_file())
+    assert files + len(list((stored.path / "partitions").iterdir())) == planned.files
+    named = plan(replace(asked, discriminative=("dinov3-vitb16",), resolution=512))
     assert "dinov3-vitb16: blocks 2, 11 of 32 x 32 x 768 (DINOv3 License" in str(named)
 
 
-def test_a_finished_store_serves_who_asks_for_less_and_refuses_who_asks_for_more(both: ExtractConfig) -> None:
-    plain = replace(both, discriminative=())
-    extract(plain)
-    with pytest.raises(StoreError, match=f"contents discriminative.{NAME} is absent in the store, 1, 3 was"):
-        extract(both)
-    shutil.rmtree(str(both.store))
-    extract(both)
-    assert extract(plain)["val"].discriminative
-
-
 def test_another_encoder_is_refused_by_field(
-    both: ExtractConfig, tiny_dinov3_folder: Path, tmp_path: Path
+    asked: ExtractConfig, tiny_dinov3_folder: Path, tmp_path: Path
 ) -> None:
-    extract(both)
     other = changed(tiny_dinov3_folder, tmp_path, lambda bias: bias + 1)
     with pytest.raises(StoreError, match=f"contents discriminative.{NAME}.weights_sha256 is .* was asked"):
-        extract(replace(both, discriminative=(str(other),)))
+        extract(replace(asked, discriminative=(str(other),)))
     narrow = save_tiny_dinov3(tmp_path / "narrow" / NAME, hidden_size=16)
     with pytest.raises(StoreError, match=f"discriminative.{NAME}.channels is 24 in the store, 16 was asked"):
-        extract(replace(both, discriminative=(str(narrow),)))
+        extract(replace(asked, discriminative=(str(narrow),)))
 
 
 def test_values_that_are_not_finite_fail_their_sample_by_name(
@@ -135,32 +156,31 @@ def test_values_that_are_not_finite_fail_their_sample_by_name(
     assert clamp_to_float16(values)[2:5].isnan().all()
 
 
-def test_a_damaged_shard_is_found_and_extracted_again(both: ExtractConfig) -> None:
-    store = extract(both)
-    shard = store.path / "val.zarr" / "discriminative" / NAME / "features" / "c.1.0.0.0.0.0"
+def test_a_damaged_shard_is_found_and_extracted_again(stored: Store, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(stored.path, tmp_path / "copy"))
+    shard = copy / "val.zarr" / "discriminative" / NAME / "features" / "c.1.0.0.0.0.0"
     whole = shard.read_bytes()
     shard.write_bytes(whole[:20] + bytes([whole[20] ^ 1]) + whole[21:])
-    assert verify(store.path).partitions == {"val-000000"}
-    assert verify(store.path, limit=1).sound
-    assert repair(store.path).sound
+    assert verify(copy).partitions == {"val-000000"}
+    assert verify(copy, limit=1).sound
+    assert repair(copy).sound
     assert shard.read_bytes() == whole
 
 
-def test_a_conversion_keeps_or_drops_it_and_can_be_repaired(both: ExtractConfig, tmp_path: Path) -> None:
-    store = extract(both)
+def test_a_conversion_keeps_or_drops_it_and_can_be_repaired(stored: Store, tmp_path: Path) -> None:
     kept = convert(
-        plan_conversion(store.path, tmp_path / "kept", Selection(layers=["single.2"], codec="int8"))
+        plan_conversion(stored.path, tmp_path / "kept", Selection(layers=["single.2"], codec="int8"))
     )
-    features = store["val"].discriminative_features(NAME, range(3))
+    features = stored["val"].discriminative_features(NAME, range(3))
     np.testing.assert_array_equal(kept["val"].discriminative_features(NAME, range(3)), features)
-    dropped = convert(plan_conversion(store.path, tmp_path / "dropped", Selection(discriminative=[])))
+    dropped = convert(plan_conversion(stored.path, tmp_path / "dropped", Selection(discriminative=[])))
     assert not dropped["val"].discriminative
-    assert kept.manifest.config["discriminative"] == list(both.discriminative)
+    assert kept.manifest.config["discriminative"] == stored.manifest.config["discriminative"]
     assert dropped.manifest.config["discriminative"] == []
     (tmp_path / "dropped" / "partitions" / "val-000001.json").unlink()
     assert repair(tmp_path / "dropped").sound
     with pytest.raises(ConfigError, match=f"encoder 'dino' is not stored; stored: {NAME}"):
-        plan_conversion(store.path, tmp_path / "x", Selection(discriminative=["dino"]))
+        plan_conversion(stored.path, tmp_path / "x", Selection(discriminative=["dino"]))
 
 
 def test_wrong_choices_are_refused_before_anything_is_begun(
