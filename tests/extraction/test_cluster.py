@@ -338,6 +338,28 @@ def test_an_own_cluster_gives_the_same_bytes_and_leaves_nothing(config: ExtractC
 
 
 @pytest.mark.slow
+def test_ctrl_c_in_a_terminal_reaches_all_processes_and_stops_one(strange: ExtractConfig) -> None:
+    """A terminal interrupts the whole group; partitions under way must end all the same."""
+    scenes = replace(strange, dataset="scenes", data_root=None, splits=("val",), limit=30, partition_size=2)
+    wanted = Path(f"{scenes.store}.json")
+    wanted.write_text(json.dumps(scenes.to_json()))
+    line = [sys.executable, "-m", "mmdiff_cache", "extract", "--config", str(wanted), "--workers", "2"]
+    records = Path(str(scenes.store)) / "partitions"
+    with subprocess.Popen(line, start_new_session=True, stderr=subprocess.PIPE, text=True) as command:
+        while len(list(records.glob("*"))) < 3 and command.poll() is None:
+            time.sleep(0.05)
+        os.killpg(command.pid, signal.SIGINT)
+        said = command.communicate()[1]
+    assert command.returncode == 130, said
+    assert "The same command continues:" in said
+    assert "Traceback" not in said
+    assert 3 <= plan(scenes).done / 2 < 15
+    assert list((Path(str(scenes.store)) / "staging").iterdir()) == []
+    extract(scenes, workers=0)
+    assert files(scenes) == inline(scenes)
+
+
+@pytest.mark.slow
 def test_a_scheduler_that_dies_is_said_so_and_the_next_run_goes_on(
     strange: ExtractConfig, tmp_path: Path
 ) -> None:
