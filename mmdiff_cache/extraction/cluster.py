@@ -17,6 +17,7 @@ import dask.config
 from distributed import Client, Nanny, Scheduler, SpecCluster
 
 from mmdiff_cache.errors import ClusterError, ClusterRefused
+from mmdiff_cache.extraction import preload
 from mmdiff_cache.extraction.identity import Surroundings, surroundings
 from mmdiff_cache.extraction.remote import Place, check_surroundings, place
 
@@ -68,6 +69,7 @@ def _worker(gpu: str | None) -> dict[str, Any]:
         "host": LOOPBACK,
         "env": environment,
         "silence_logs": logging.WARNING,
+        "preload": [*dask.config.get("distributed.worker.preload"), preload.__name__],
     }
     return {"cls": Nanny, "options": options}
 

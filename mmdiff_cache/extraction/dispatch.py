@@ -191,6 +191,7 @@ def _drain(
         if left <= 0:
             logger.warning("%d partitions took too long to end and are given up", len(board.under_way))
             return crew.abandon()
+        crew.size()  # raises when nobody is left to wait for
         say(f"stopping: {len(board.under_way)} partitions end within {left:.0f} s; Ctrl-C again cuts them")
         _collect(board, crew, settled)
     return None

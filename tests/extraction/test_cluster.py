@@ -208,18 +208,18 @@ def test_a_worker_that_does_not_see_the_store_is_refused(cluster: Client, config
 
 
 def test_ctrl_c_lets_partitions_end_and_the_next_run_goes_on(cluster: Client, strange: ExtractConfig) -> None:
-    states: list[str] = []
+    states: list[tuple[int, str]] = []
 
     def press_ctrl_c(done: int, total: int, state: str) -> None:
-        states.append(state)
-        if done == 2:
+        if done and not any(told for told, _ in states):
             os.kill(os.getpid(), signal.SIGINT)
+        states.append((done, state))
 
     with pytest.raises(KeyboardInterrupt):
         extract(strange, press_ctrl_c, client=cluster)
     done = plan(strange).done
     assert 2 < done < 12, "what was under way has ended, nothing more was begun"
-    assert any("stopping: " in state for state in states)
+    assert any("stopping: " in state for _, state in states)
     assert list((Path(str(strange.store)) / "staging").iterdir()) == []
     assert extract(strange, client=cluster).samples_done == 12
     assert files(strange) == inline(strange)
@@ -335,6 +335,28 @@ def test_an_own_cluster_gives_the_same_bytes_and_leaves_nothing(config: ExtractC
     assert files(config) == inline(config)
     left = {p.pid for p in psutil.Process().children(recursive=True) if "spawn_main" in " ".join(p.cmdline())}
     assert left <= before
+
+
+@pytest.mark.slow
+def test_ctrl_c_in_a_terminal_reaches_all_processes_and_stops_one(strange: ExtractConfig) -> None:
+    """A terminal interrupts the whole group; partitions under way must end all the same."""
+    scenes = replace(strange, dataset="scenes", data_root=None, splits=("val",), limit=30, partition_size=2)
+    wanted = Path(f"{scenes.store}.json")
+    wanted.write_text(json.dumps(scenes.to_json()))
+    line = [sys.executable, "-m", "mmdiff_cache", "extract", "--config", str(wanted), "--workers", "2"]
+    records = Path(str(scenes.store)) / "partitions"
+    with subprocess.Popen(line, start_new_session=True, stderr=subprocess.PIPE, text=True) as command:
+        while len(list(records.glob("*"))) < 3 and command.poll() is None:
+            time.sleep(0.05)
+        os.killpg(command.pid, signal.SIGINT)
+        said = command.communicate()[1]
+    assert command.returncode == 130, said
+    assert "The same command continues:" in said
+    assert "Traceback" not in said
+    assert 3 <= plan(scenes).done / 2 < 15
+    assert list((Path(str(scenes.store)) / "staging").iterdir()) == []
+    extract(scenes, workers=0)
+    assert files(scenes) == inline(scenes)
 
 
 @pytest.mark.slow
