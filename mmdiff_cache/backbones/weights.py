@@ -46,13 +46,13 @@ def locate_configs(repository: str) -> Path:
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        folder = Path(snapshot_download(repository, allow_patterns=CONFIGS, local_files_only=True))
+        folder = Path(snapshot_download(repository, allow_patterns=[*CONFIGS], local_files_only=True))
         if _has_configs(folder):
             return folder
     except LocalEntryNotFoundError:
         pass
     try:
-        return Path(snapshot_download(repository, allow_patterns=CONFIGS))
+        return Path(snapshot_download(repository, allow_patterns=[*CONFIGS]))
     except Exception as error:  # the hub client's network errors have changed class from release to release
         said = textwrap.shorten(str(error), 100, placeholder=" ...")
         raise BackboneError(

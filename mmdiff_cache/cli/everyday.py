@@ -88,6 +88,7 @@ def extract(
         bool, typer.Option("--append", help="Add samples that the store was not planned with.")
     ] = False,
     dry_run: DryRun = False,
+    profile: Annotated[bool, typer.Option("--profile", help="Say where the time went.")] = False,
 ) -> None:
     """Stage one: run the backbone once over a data set and keep its features. Safe to stop and run again."""
     import mmdiff_cache as mm
@@ -112,9 +113,14 @@ def extract(
     say(str(plan))
     if dry_run:
         return
+    from mmdiff_cache.extraction.profile import Profile
+
+    spent = Profile(on=profile)
     with progress_bar("extract") as advance:
-        written = mm.extract(plan, progress=advance, append=append)
+        written = mm.extract(plan, progress=advance, append=append, profile=spent)
     say(f"\n{written}")
+    if profile:
+        say(f"\n{spent}")
     labels = written[written.splits[0]].label_specs
     if labels:
         next_command("mmdiff-cache", "train", "--task", sorted(labels)[0], "--store", str(written.path))

@@ -16,6 +16,7 @@ from mmdiff_cache.backbones.flow_matching import add_noise, draw_batch
 from mmdiff_cache.config import NoiseConfig
 from mmdiff_cache.errors import ConfigError
 from mmdiff_cache.extraction import concept_attention
+from mmdiff_cache.extraction.profile import Profile
 from mmdiff_cache.extraction.taps import capturing
 from mmdiff_cache.records import STATISTICS, FeatureBatch, PreparedSample
 
@@ -50,6 +51,7 @@ class Extractor:
         vocabularies: Mapping[str, Sequence[str]],
         noise: NoiseConfig,
         guidance: float | None,
+        profile: Profile | None = None,
     ) -> None:
         backbone.info.check_layers(layers)
         for layer in layers:
@@ -59,6 +61,7 @@ class Extractor:
         self.layers = tuple(layers)
         self.timesteps = tuple(timesteps)
         self.vocabularies = {name: tuple(words) for name, words in vocabularies.items()}
+        self.profile = profile or Profile(on=False)
         self._noise = noise
         self._guidance = guidance
         self._concepts = {name: backbone.embed_concepts(words) for name, words in self.vocabularies.items()}
@@ -66,6 +69,10 @@ class Extractor:
     def __call__(self, samples: Sequence[PreparedSample]) -> FeatureBatch:
         """Features of samples of one size. Values that are not finite do not raise: see `failures`."""
         captured = self.capture(samples)
+        with self.profile.timing("copy to host", self.backbone.device):
+            return self._to_host(captured)
+
+    def _to_host(self, captured: Captured) -> FeatureBatch:
         stored, audit = store_as_float16(captured.hidden_states)
         mapped = [_block_index(block) for block in self.backbone.info.concept_blocks]
         scores = captured.concept_scores
@@ -82,13 +89,17 @@ class Extractor:
     def capture(self, samples: Sequence[PreparedSample]) -> Captured:
         """What the blocks put out, before it is cast for the store."""
         backbone, batch, steps = self.backbone, len(samples), len(self.timesteps)
-        clean = backbone.encode_image(torch.from_numpy(np.stack([sample.image for sample in samples])))
+        timing = self.profile.timing
+        with timing("VAE", backbone.device):
+            clean = backbone.encode_image(torch.from_numpy(np.stack([sample.image for sample in samples])))
         latents = backbone.pack(clean)
         times = torch.tensor(self.timesteps, device=clean.device)
         noise = draw_batch(self._noise, [s.sample_id for s in samples], steps, clean.shape[1:])
         noised = add_noise(clean, noise.to(clean.device), times, self._noise.form).flatten(0, 1)
-        prompts = backbone.encode_prompts([sample.prompt for sample in samples]).repeat_each(steps)
-        outputs, scores = self._run(noised, times.repeat(batch), prompts, math.prod(latents.shape[1:3]))
+        with timing("text", backbone.device):
+            prompts = backbone.encode_prompts([sample.prompt for sample in samples]).repeat_each(steps)
+        with timing("transformer", backbone.device):
+            outputs, scores = self._run(noised, times.repeat(batch), prompts, math.prod(latents.shape[1:3]))
         height = latents.shape[1]
         return Captured(
             latents=latents,

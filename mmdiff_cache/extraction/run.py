@@ -18,6 +18,7 @@ from mmdiff_cache.extraction.extractor import Extractor
 from mmdiff_cache.extraction.identity import build_manifest
 from mmdiff_cache.extraction.plan import ExtractionPlan, check_disk
 from mmdiff_cache.extraction.plan import plan as make_plan
+from mmdiff_cache.extraction.profile import Profile
 from mmdiff_cache.extraction.sources import check_unchanged, mended_partitions
 from mmdiff_cache.extraction.text_pass import text_of
 from mmdiff_cache.extraction.worker import run_partition
@@ -35,6 +36,7 @@ def extract(
     *,
     append: bool = False,
     redo: Collection[str] = (),
+    profile: Profile | None = None,
 ) -> Store:
     """Run the backbone over the planned samples and return their store. Safe to run again, and to interrupt.
 
@@ -43,7 +45,8 @@ def extract(
     them, and a later one tries them again if their files can be read by then. An interruption loses at most
     the partition it fell into. With `append`, samples that the store was not planned with are added to it.
     `redo` names partitions to extract again although they are recorded, as
-    repair asks. `progress` is called with samples done, all samples, and the speed.
+    repair asks. `progress` is called with samples done, all samples, and the speed; `profile` adds up
+    where the time went, which also goes into the log.
 
     Raises DataError when a source changed since it was extracted, StorageError when the disk is too small or
     refuses, StoreError when the folder holds something else, BackboneError when weights are missing or the
@@ -63,11 +66,19 @@ def extract(
         left = sum(partition.size for partition in pending)
         if pending:
             logger.info("%d of %d samples to extract\n%s", left, plan.total, plan)
-            _run(plan, writer, pending, progress or _silent)
+            profile = profile or Profile(on=False)
+            _run(plan, writer, pending, progress or _silent, profile)
+            if profile.on:
+                logger.info("where the time went\n%s", profile)
     return open_store(plan.store)
 
 
-def load_extractor(config: ExtractConfig, info: BackboneInfo, text: TextSource | None = None) -> Extractor:
+def load_extractor(
+    config: ExtractConfig,
+    info: BackboneInfo,
+    text: TextSource | None = None,
+    profile: Profile | None = None,
+) -> Extractor:
     """Load a backbone for a resolved configuration, set up to capture what is configured.
 
     With `text`, its text encoders are left out.
@@ -93,16 +104,24 @@ def load_extractor(config: ExtractConfig, info: BackboneInfo, text: TextSource |
         vocabularies=filled(config.concepts),
         noise=config.noise,
         guidance=config.guidance,
+        profile=profile,
     )
 
 
-def _run(plan: ExtractionPlan, writer: StoreWriter, pending: list[Partition], progress: Progress) -> None:
+def _run(
+    plan: ExtractionPlan,
+    writer: StoreWriter,
+    pending: list[Partition],
+    progress: Progress,
+    profile: Profile,
+) -> None:
     done = plan.total - sum(partition.size for partition in pending)
     progress(done, plan.total, f"loading {plan.backbone.name}")
     with text_of(plan, pending) as text:
-        extractor = load_extractor(plan.config, plan.backbone, text)
+        extractor = load_extractor(plan.config, plan.backbone, text, profile)
         _check_backbone(plan, extractor, writer)
-        _extract_all(plan, extractor, writer, pending, progress)
+        with profile.timing_all():
+            _extract_all(plan, extractor, writer, pending, progress)
 
 
 def _extract_all(

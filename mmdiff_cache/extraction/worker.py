@@ -1,8 +1,9 @@
 """One partition from its pictures to its record: the unit of work, of completion and of redo."""
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 from mmdiff_cache.config import filled
 from mmdiff_cache.datasets.transforms import prepare
@@ -12,6 +13,8 @@ from mmdiff_cache.extraction.plan import ExtractionPlan
 from mmdiff_cache.records import FeatureBatch, PreparedSample
 from mmdiff_cache.store.partition import PartitionWriter
 from mmdiff_cache.store.records import Record
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,10 +42,20 @@ def run_partition(
     recorded as failed.
     """
     partition, size = writer.partition, filled(plan.config.batch_size)
+    timing = extractor.profile.timing
     starts = range(partition.start, partition.stop, size)
 
     def load(start: int) -> list[Loaded]:
-        return load_batch(plan, partition.split, range(start, min(start + size, partition.stop)))
+        with timing("reading"):
+            return load_batch(plan, partition.split, range(start, min(start + size, partition.stop)))
+
+    def stage(start: int, batch: list[Loaded], computed: _Computed) -> int:
+        with timing("staging"):
+            return _stage(writer, start - partition.start, batch, computed)
+
+    def wait(future: Future[T]) -> T:
+        with timing("waiting"):
+            return future.result()
 
     with (
         ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead") as reader,
@@ -50,16 +63,17 @@ def run_partition(
     ):
         ahead, behind = reader.submit(load, starts[0]), None
         for start in starts:
-            batch = ahead.result()
+            batch = wait(ahead)
             if start + size < partition.stop:
                 ahead = reader.submit(load, start + size)
             computed = _compute(plan, extractor, batch)
             if behind is not None:
-                advance(behind.result())
-            behind = stager.submit(_stage, writer, start - partition.start, batch, computed)
+                advance(wait(behind))
+            behind = stager.submit(stage, start, batch, computed)
         if behind is not None:
-            advance(behind.result())
-    return writer.commit()
+            advance(wait(behind))
+    with timing("staging"):
+        return writer.commit()
 
 
 def load_batch(plan: ExtractionPlan, split: str, indices: Sequence[int]) -> list[Loaded]:
