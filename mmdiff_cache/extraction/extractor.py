@@ -1,14 +1,16 @@
 """From pictures to features: noise them, run the backbone once, read the blocks, take stock of the values."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from einops import rearrange
 from jaxtyping import Float, Float16, Float32
+from numpy.typing import NDArray
 from torch import Tensor
 
 from mmdiff_cache.backbones.base import Backbone, PromptEmbeddings
@@ -16,6 +18,7 @@ from mmdiff_cache.backbones.flow_matching import add_noise, draw_batch
 from mmdiff_cache.config import NoiseConfig
 from mmdiff_cache.errors import ConfigError
 from mmdiff_cache.extraction import concept_attention
+from mmdiff_cache.extraction.host_copy import start_copy
 from mmdiff_cache.extraction.profile import Profile
 from mmdiff_cache.extraction.taps import capturing
 from mmdiff_cache.records import STATISTICS, FeatureBatch, PreparedSample
@@ -68,22 +71,27 @@ class Extractor:
 
     def __call__(self, samples: Sequence[PreparedSample]) -> FeatureBatch:
         """Features of samples of one size. Values that are not finite do not raise: see `failures`."""
-        captured = self.capture(samples)
-        with self.profile.timing("copy to host", self.backbone.device):
-            return self._to_host(captured)
+        return self.begin(samples)()
 
-    def _to_host(self, captured: Captured) -> FeatureBatch:
-        stored, audit = store_as_float16(captured.hidden_states)
+    @torch.inference_mode()
+    def begin(self, samples: Sequence[PreparedSample]) -> Callable[[], FeatureBatch]:
+        """Start a batch; call what it returns, from any thread, to wait for its features.
+
+        On a GPU their copy to the CPU then goes on beside the next batch.
+        """
+        captured = self.capture(samples)
         mapped = [_block_index(block) for block in self.backbone.info.concept_blocks]
-        scores = captured.concept_scores
-        maps = {name: concept_attention.concept_maps(value[:, :, mapped]) for name, value in scores.items()}
-        return FeatureBatch(
-            hidden_states=stored[:, None].cpu().numpy(),
-            concept_scores={name: value[:, None].cpu().numpy() for name, value in scores.items()},
-            concept_maps={name: value[:, None].cpu().numpy() for name, value in maps.items()},
-            latents=captured.latents.cpu().numpy(),
-            audit=audit[:, None].cpu().numpy(),
-        )
+        with self.profile.timing("cast and audit", self.backbone.device):
+            stored, audit = store_as_float16(captured.hidden_states)
+            maps = {
+                name: concept_attention.concept_maps(scores[:, :, mapped])
+                for name, scores in captured.concept_scores.items()
+            }
+        tensors = {"hidden_states": stored[:, None], "latents": captured.latents, "audit": audit[:, None]}
+        tensors |= {f"scores/{name}": scores[:, None] for name, scores in captured.concept_scores.items()}
+        tensors |= {f"maps/{name}": values[:, None] for name, values in maps.items()}
+        arrived = start_copy(tensors, self.backbone.device, self.profile)
+        return lambda: _feature_batch(arrived(), self.vocabularies)
 
     @torch.inference_mode()
     def capture(self, samples: Sequence[PreparedSample]) -> Captured:
@@ -130,6 +138,17 @@ class Extractor:
             self.backbone.forward(noised, t, prompts, self._guidance)
         scores = {name: list(stream.scores.values()) for name, stream in streams.items()}
         return [outputs[layer] for layer in self.layers], scores
+
+
+def _feature_batch(arrays: Mapping[str, NDArray[Any]], vocabularies: Iterable[str]) -> FeatureBatch:
+    names = tuple(vocabularies)
+    return FeatureBatch(
+        hidden_states=arrays["hidden_states"],
+        concept_scores={name: arrays[f"scores/{name}"] for name in names},
+        concept_maps={name: arrays[f"maps/{name}"] for name in names},
+        latents=arrays["latents"],
+        audit=arrays["audit"],
+    )
 
 
 def store_as_float16(

@@ -8,13 +8,16 @@ from typing import Literal
 
 import torch
 
-Part = Literal["reading", "text", "VAE", "transformer", "copy to host", "staging", "waiting"]
+Part = Literal[
+    "reading", "text", "VAE", "transformer", "cast and audit", "copy to host", "staging", "waiting"
+]
 PARTS: dict[Part, str] = {
     "reading": "pictures read and prepared, in a thread of its own",
     "text": "prompts encoded, or read from the pass before",
     "VAE": "pictures to latents",
     "transformer": "forward passes with taps and concept streams",
-    "copy to host": "cast to float16, range audit, copy to the CPU",
+    "cast and audit": "clamped to float16, range audit, concept maps",
+    "copy to host": "to the CPU's memory; on a GPU beside the next batch",
     "staging": "compressed and written, in a thread of its own",
     "waiting": "the model waits for a picture to be read or a batch to be staged",
 }
@@ -71,9 +74,9 @@ class Profile:
 
     def __str__(self) -> str:
         """A table; parts in threads overlap with the others, so shares may add up to more than the whole."""
-        rows = [f"{'part':<13} {'seconds':>9}  {'of wall':>7}"]
+        rows = [f"{'part':<14} {'seconds':>9}  {'of wall':>7}"]
         for part, seconds in self.seconds.items():
             share = seconds / self.wall if self.wall else 0.0
-            rows.append(f"{part:<13} {seconds:>9.2f}  {share:>7.1%}  {PARTS[part]}")
-        rows.append(f"{'wall':<13} {self.wall:>9.2f}           after loading; parts in threads overlap")
+            rows.append(f"{part:<14} {seconds:>9.2f}  {share:>7.1%}  {PARTS[part]}")
+        rows.append(f"{'wall':<14} {self.wall:>9.2f}           after loading; parts in threads overlap")
         return "\n".join(rows)

@@ -51,7 +51,7 @@ def run_partition(
 
     def stage(start: int, batch: list[Loaded], computed: _Computed) -> int:
         with timing("staging"):
-            return _stage(writer, start - partition.start, batch, computed)
+            return _stage(extractor, writer, start - partition.start, batch, computed)
 
     def wait(future: Future[T]) -> T:
         with timing("waiting"):
@@ -91,9 +91,9 @@ def _load(plan: ExtractionPlan, split: str, index: int) -> Loaded:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Computed:
-    """What came of a batch: the features of all that passed, and why some cannot be stored, by position."""
+    """What came of a batch: a wait for its features, None without any, and why some cannot be stored."""
 
-    features: FeatureBatch | None
+    features: Callable[[], FeatureBatch] | None
     reasons: dict[int, str]
 
 
@@ -104,18 +104,23 @@ def _compute(plan: ExtractionPlan, extractor: Extractor, batch: Sequence[Loaded]
     if not usable:
         return _Computed(features=None, reasons=reasons)
     passing = [sample if isinstance(sample, PreparedSample) else usable[0] for sample in batch]
-    features = extractor([*passing, *[usable[0]] * (filled(plan.config.batch_size) - len(batch))])
-    found = failures(features, extractor.layers, extractor.timesteps)
-    return _Computed(features=features, reasons=found | reasons)
+    padding = [usable[0]] * (filled(plan.config.batch_size) - len(batch))
+    return _Computed(features=extractor.begin([*passing, *padding]), reasons=reasons)
 
 
-def _stage(writer: PartitionWriter, offset: int, batch: Sequence[Loaded], computed: _Computed) -> int:
+def _stage(
+    extractor: Extractor, writer: PartitionWriter, offset: int, batch: Sequence[Loaded], computed: _Computed
+) -> int:
     """Give a batch to the store; how many samples it had."""
+    features, reasons = None, computed.reasons
+    if computed.features is not None:
+        features = computed.features()
+        reasons = failures(features, extractor.layers, extractor.timesteps) | reasons
     for position, sample in enumerate(batch):
-        if position in computed.reasons:
-            writer.fail(offset + position, sample.sample_id, computed.reasons[position])
-        elif isinstance(sample, PreparedSample) and computed.features is not None:
-            writer.write(offset + position, [sample], _row(computed.features, position))
+        if position in reasons:
+            writer.fail(offset + position, sample.sample_id, reasons[position])
+        elif isinstance(sample, PreparedSample) and features is not None:
+            writer.write(offset + position, [sample], _row(features, position))
     return len(batch)
 
 
