@@ -230,6 +230,8 @@ def test_backbones_are_told_without_reading_a_weight(
     assert facts["bytes_a_sample"] == 100_663_296
     assert facts["token_grid"] == [32, 32]
     assert 21e12 < facts["operations_a_forward"] < 22e12
+    assert 15e12 < facts["operations_a_forward_with_128_text_tokens"] < 16e12
+    assert facts["bytes_a_prompt"] == 2 * (512 * 4096 + 768)
     assert len(facts["single_blocks"]) == 38
     assert run(["backbones", str(tiny_flux_folder), "--resolution", "64"]) == 0
     assert "double.0 double.1" in capsys.readouterr().out

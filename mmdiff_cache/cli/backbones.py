@@ -10,6 +10,9 @@ from mmdiff_cache.cli.everyday import AsJson
 if TYPE_CHECKING:
     from mmdiff_cache.backbones.info import BackboneInfo
 
+SHORT_TEXT = 128
+"""Text tokens for which a forward is priced beside the published number: captions are seldom longer."""
+
 
 def backbones(
     name: Annotated[
@@ -48,7 +51,8 @@ def _show_one(facts: dict[str, Any], as_json: bool) -> None:
     from mmdiff_cache.extraction.cost import show_operations
 
     words = {
-        "operations_a_forward": show_operations(facts["operations_a_forward"]),
+        **{name: show_operations(value) for name, value in facts.items() if name.startswith("operations")},
+        "bytes_a_prompt": show_bytes(facts["bytes_a_prompt"]),
         "bytes_a_map": show_bytes(facts["bytes_a_map"]),
         "bytes_a_sample": f"{show_bytes(facts['bytes_a_sample'])} with the default layers and timesteps",
     }
@@ -79,9 +83,13 @@ def _facts(info: "BackboneInfo", resolution: int | None) -> dict[str, Any]:
         "token_grid": [rows, columns],
         "channels": info.channels,
         "text_tokens": info.architecture.clip_tokens + info.text_length,
+        "bytes_a_prompt": info.prompt_bytes(info.text_length, info.dtype),
         "guidance": info.guidance,
         "dtype": info.dtype,
         "operations_a_forward": forward_operations(info, side, info.text_length, len(info.blocks)),
+        f"operations_a_forward_with_{SHORT_TEXT}_text_tokens": forward_operations(
+            info, side, SHORT_TEXT - info.architecture.clip_tokens, len(info.blocks)
+        ),
         "bytes_a_map": one_map,
         "bytes_a_sample": one_map * len(info.layers) * len(info.timesteps),
     }

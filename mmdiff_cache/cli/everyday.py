@@ -119,6 +119,7 @@ def extract(
     ] = None,
     dry_run: DryRun = False,
     force: Annotated[bool, typer.Option("--force", help="Start even if the disk seems too small.")] = False,
+    profile: Annotated[bool, typer.Option("--profile", help="Say where the time went.")] = False,
 ) -> None:
     """Stage one: run the backbone once over a data set and keep its features. Safe to stop and run again."""
     import mmdiff_cache as mm
@@ -152,6 +153,9 @@ def extract(
 
         say(str(with_timed_blocks(plan)))
         return
+    from mmdiff_cache.extraction.profile import Profile
+
+    spent = Profile(on=profile)
     say(str(plan))
     with open_cluster(plan.config, workers, scheduler) as client:
         if client is not None and client.dashboard_link:
@@ -159,9 +163,17 @@ def extract(
         with progress_bar("extract") as advance:
             alone = 0 if client is None else None  # where it runs is decided by now
             written = mm.extract(
-                plan, progress=advance, append=append, force=force, workers=alone, client=client
+                plan,
+                progress=advance,
+                append=append,
+                force=force,
+                workers=alone,
+                client=client,
+                profile=spent,
             )
     say(f"\n{written}")
+    if profile:
+        say(f"\n{spent}")
     labels = written[written.splits[0]].label_specs
     if labels:
         next_command("mmdiff-cache", "train", "--task", sorted(labels)[0], "--store", str(written.path))

@@ -1,9 +1,10 @@
 """From pictures to features: noise them, run the backbone once, read the blocks, take stock of the values."""
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +20,8 @@ from mmdiff_cache.config import NoiseConfig
 from mmdiff_cache.encoders.dinov3 import DINOv3
 from mmdiff_cache.errors import ConfigError
 from mmdiff_cache.extraction import concept_attention, cross_attention
+from mmdiff_cache.extraction.host_copy import start_copy
+from mmdiff_cache.extraction.profile import Profile
 from mmdiff_cache.extraction.taps import capturing
 from mmdiff_cache.extraction.variants import PLAIN, as_variant
 from mmdiff_cache.records import STATISTICS, FeatureBatch, PreparedSample
@@ -70,6 +73,7 @@ class Extractor:
         variants: Sequence[Variant] = (PLAIN,),
         cross_attention: bool = False,
         encoders: Sequence[DINOv3] = (),
+        profile: Profile | None = None,
     ) -> None:
         backbone.info.check_layers(layers)
         for layer in layers:
@@ -84,31 +88,45 @@ class Extractor:
         self.turn = threading.Lock()
         """Held by the partition that computes, where several are in one process: taps follow one pass."""
         self._cross_attention = cross_attention
+        self.profile = profile or Profile(on=False)
         self._noise = noise
         self._guidance = guidance
         self._concepts = {name: backbone.embed_concepts(words) for name, words in self.vocabularies.items()}
 
     def __call__(self, samples: Sequence[PreparedSample]) -> FeatureBatch:
         """Features of samples of one size. Values that are not finite do not raise: see `failures`."""
-        features = _side_by_side([self.finish(self.capture(samples, variant)) for variant in self.variants])
-        return replace(features, discriminative=self.discriminative(samples))
+        return self.begin(samples)()
+
+    @torch.inference_mode()
+    def begin(self, samples: Sequence[PreparedSample]) -> Callable[[], FeatureBatch]:
+        """Start a batch; call what it returns, from any thread, to wait for its features.
+
+        On a GPU their copy to the CPU then goes on beside the next batch.
+        """
+        arriving = [self._send(self.capture(samples, variant)) for variant in self.variants]
+        encoded = self.discriminative(samples)
+        return lambda: replace(_side_by_side([wait() for wait in arriving]), discriminative=encoded)
 
     def finish(self, captured: Captured) -> FeatureBatch:
         """What was captured as it is stored, its variant axis of size 1: cast, counted, with concept maps."""
-        stored, audit = store_as_float16(captured.hidden_states)
+        return self._send(captured)()
+
+    def _send(self, captured: Captured) -> Callable[[], FeatureBatch]:
+        """Cast and count, and start the copy to the CPU; call what it returns to wait for that."""
         mapped = [_block_index(block) for block in self.backbone.info.concept_blocks]
-        scores = captured.concept_scores
-        maps = {name: concept_attention.concept_maps(value[:, :, mapped]) for name, value in scores.items()}
-        return FeatureBatch(
-            hidden_states=stored[:, None].cpu().numpy(),
-            concept_scores={name: value[:, None].cpu().numpy() for name, value in scores.items()},
-            concept_maps={name: value[:, None].cpu().numpy() for name, value in maps.items()},
-            latents=captured.latents.cpu().numpy(),
-            audit=audit[:, None].cpu().numpy(),
-            cross_attention=None
-            if captured.cross_attention is None
-            else captured.cross_attention[:, None].cpu().numpy(),
-        )
+        with self.profile.timing("cast and audit", self.backbone.device):
+            stored, audit = store_as_float16(captured.hidden_states)
+            maps = {
+                name: concept_attention.concept_maps(scores[:, :, mapped])
+                for name, scores in captured.concept_scores.items()
+            }
+        tensors = {"hidden_states": stored[:, None], "latents": captured.latents, "audit": audit[:, None]}
+        tensors |= {f"scores/{name}": scores[:, None] for name, scores in captured.concept_scores.items()}
+        tensors |= {f"maps/{name}": values[:, None] for name, values in maps.items()}
+        if captured.cross_attention is not None:
+            tensors["cross_attention"] = captured.cross_attention[:, None]
+        arrived = start_copy(tensors, self.backbone.device, self.profile)
+        return lambda: _feature_batch(arrived(), self.vocabularies)
 
     def discriminative(self, samples: Sequence[PreparedSample]) -> dict[str, NDArray[np.float16]]:
         """Features [B V L h w D] of every encoder; a picture and its mirror image are each encoded once."""
@@ -130,7 +148,9 @@ class Extractor:
         samples = [as_variant(sample, variant) for sample in samples]
         images = torch.from_numpy(np.stack([sample.image for sample in samples]))
         names, prompts = [sample.sample_id for sample in samples], [sample.prompt for sample in samples]
-        return self.capture_latents(self.backbone.encode_image(images), names, prompts, variant.noise_draw)
+        with self.profile.timing("VAE", self.backbone.device):
+            clean = self.backbone.encode_image(images)
+        return self.capture_latents(clean, names, prompts, variant.noise_draw)
 
     @torch.inference_mode()
     def capture_latents(
@@ -146,8 +166,10 @@ class Extractor:
         times = torch.tensor(self.timesteps, device=clean.device)
         noise = draw_batch(self._noise, sample_ids, steps, clean.shape[1:], draw)
         noised = add_noise(clean, noise.to(clean.device), times, self._noise.form).flatten(0, 1)
-        embedded = backbone.encode_prompts(prompts).repeat_each(steps)
-        seen = self.observe(noised, times.repeat(batch), embedded)
+        with self.profile.timing("text", backbone.device):
+            embedded = backbone.encode_prompts(prompts).repeat_each(steps)
+        with self.profile.timing("transformer", backbone.device):
+            seen = self.observe(noised, times.repeat(batch), embedded)
         return Captured(
             latents=latents,
             hidden_states=rearrange(seen.hidden_states, "(B T) L h w C -> B T L h w C", B=batch),
@@ -217,6 +239,18 @@ def _side_by_side(variants: Sequence[FeatureBatch]) -> FeatureBatch:
         latents=first.latents,
         audit=np.concatenate([one.audit for one in variants], axis=1),
         cross_attention=np.concatenate(attended, axis=1) if attended else None,
+    )
+
+
+def _feature_batch(arrays: Mapping[str, NDArray[Any]], vocabularies: Iterable[str]) -> FeatureBatch:
+    names = tuple(vocabularies)
+    return FeatureBatch(
+        hidden_states=arrays["hidden_states"],
+        concept_scores={name: arrays[f"scores/{name}"] for name in names},
+        concept_maps={name: arrays[f"maps/{name}"] for name in names},
+        latents=arrays["latents"],
+        audit=arrays["audit"],
+        cross_attention=arrays.get("cross_attention"),
     )
 
 

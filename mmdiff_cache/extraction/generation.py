@@ -43,7 +43,7 @@ class Painter:
     def __init__(self, extractor: Extractor, config: GenerationConfig, *, resolution: int) -> None:
         self.extractor, self.backbone = extractor, extractor.backbone
         self.layers, self.timesteps = extractor.layers, extractor.timesteps
-        self.encoders, self.turn = extractor.encoders, extractor.turn
+        self.encoders, self.turn, self.profile = extractor.encoders, extractor.turn, extractor.profile
         self._config, self._resolution = config, resolution
         sampler = self.sampler()
         self.steps = nearest_steps(sampler, self.timesteps)

@@ -25,6 +25,7 @@ from mmdiff_cache.extraction.measured import Measured, keep_measured
 from mmdiff_cache.extraction.placement import open_cluster
 from mmdiff_cache.extraction.plan import ExtractionPlan, check_disk
 from mmdiff_cache.extraction.plan import plan as make_plan
+from mmdiff_cache.extraction.profile import Profile
 from mmdiff_cache.extraction.sources import check_unchanged, mended_partitions
 from mmdiff_cache.extraction.text_pass import text_of
 from mmdiff_cache.extraction.variants import variants_of
@@ -54,6 +55,7 @@ def extract(
     force: bool = False,
     workers: int | None = None,
     client: Client | None = None,
+    profile: Profile | None = None,
 ) -> Store:
     """Run the backbone over the planned samples and return their store. Safe to run again, and to interrupt.
 
@@ -62,7 +64,8 @@ def extract(
     them, and a later one tries them again if their files can be read by then. An interruption loses at most
     the partition it fell into. With `append`, samples that the store was not planned with are added to it.
     `redo` names partitions to extract again although they are recorded, as repair asks. `force` starts on a
-    disk that seems too small. `progress` is called with samples done, all samples, and the speed.
+    disk that seems too small. `progress` is called with samples done, all samples, and the speed; `profile`
+    adds up where the time of this process went, which also goes into the log.
 
     Several visible GPUs are all used, each by a process of its own; `workers` says how many processes there
     are, on CPUs too, and 0 that all is done in this one. `client` is that of a dask cluster to use instead,
@@ -79,7 +82,7 @@ def extract(
         check_disk(plan)
     with _cluster(plan, workers, client) as client:
         where = None if client is None else _look_at(client, plan)
-        return _extract(plan, progress or _silent, append, redo, client, where)
+        return _extract(plan, progress or _silent, append, redo, client, where, profile)
 
 
 def _cluster(
@@ -109,6 +112,7 @@ def _extract(
     redo: Collection[str],
     client: Client | None,
     where: Surroundings | None,
+    profile: Profile | None,
 ) -> Store:
     manifest = build_manifest(plan, where)
     with open_writer(plan.store, manifest, append=append) as writer, _log_file(plan.store):
@@ -122,7 +126,10 @@ def _extract(
         if pending:
             logger.info("%d of %d samples to extract\n%s", left, plan.total, plan)
             if client is None or where is None:
-                _run(plan, writer, pending, progress)
+                profile = profile or Profile(on=False)
+                _run(plan, writer, pending, progress, profile)
+                if profile.on:
+                    logger.info("where the time went\n%s", profile)
             else:
                 from mmdiff_cache.extraction.crew import run_on_cluster
 
@@ -130,7 +137,12 @@ def _extract(
     return open_store(plan.store)
 
 
-def load_extractor(config: ExtractConfig, info: BackboneInfo, text: TextSource | None = None) -> Extractor:
+def load_extractor(
+    config: ExtractConfig,
+    info: BackboneInfo,
+    text: TextSource | None = None,
+    profile: Profile | None = None,
+) -> Extractor:
     """Load a backbone for a resolved configuration, set up to capture what is configured.
 
     With `text`, its text encoders are left out.
@@ -162,6 +174,7 @@ def load_extractor(config: ExtractConfig, info: BackboneInfo, text: TextSource |
         encoders=[
             load_encoder(describe_encoder(name), device=backbone.device) for name in config.discriminative
         ],
+        profile=profile,
     )
 
 
@@ -178,22 +191,32 @@ def check_encoders(extractor: Extractor | Painter, schema: StoreSchema) -> None:
 
 
 def load_worker(
-    config: ExtractConfig, info: BackboneInfo, text: TextSource | None = None
+    config: ExtractConfig,
+    info: BackboneInfo,
+    text: TextSource | None = None,
+    profile: Profile | None = None,
 ) -> Extractor | Painter:
     """What turns the samples of a resolved configuration into features; see `load_extractor`."""
-    extractor = load_extractor(config, info, text)
+    extractor = load_extractor(config, info, text, profile)
     if config.generation is None:
         return extractor
     return Painter(extractor, config.generation, resolution=filled(config.resolution))
 
 
-def _run(plan: ExtractionPlan, writer: StoreWriter, pending: list[Partition], progress: Progress) -> None:
+def _run(
+    plan: ExtractionPlan,
+    writer: StoreWriter,
+    pending: list[Partition],
+    progress: Progress,
+    profile: Profile,
+) -> None:
     done = plan.total - sum(partition.size for partition in pending)
     progress(done, plan.total, f"loading {plan.backbone.name}")
     with text_of(plan, pending) as text:
-        extractor = load_worker(plan.config, plan.backbone, text)
+        extractor = load_worker(plan.config, plan.backbone, text, profile)
         check_backbone(plan, extractor, writer.manifest)
-        _extract_all(plan, extractor, writer, pending, progress)
+        with profile.timing_all():
+            _extract_all(plan, extractor, writer, pending, progress)
 
 
 def _extract_all(

@@ -1,8 +1,9 @@
 """One partition from its pictures to its record: the unit of work, of completion and of redo."""
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 from mmdiff_cache.config import filled
 from mmdiff_cache.datasets.prompt_list import PromptList
@@ -14,6 +15,8 @@ from mmdiff_cache.extraction.plan import ExtractionPlan
 from mmdiff_cache.records import FeatureBatch, PictureRequest, PreparedSample
 from mmdiff_cache.store.partition import PartitionWriter
 from mmdiff_cache.store.records import Record
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,10 +48,20 @@ def run_partition(
     recorded as failed.
     """
     partition, size = writer.partition, filled(plan.config.batch_size)
+    timing = extractor.profile.timing
     starts = range(partition.start, partition.stop, size)
 
     def load(start: int) -> list[Loaded]:
-        return load_batch(plan, partition.split, range(start, min(start + size, partition.stop)))
+        with timing("reading"):
+            return load_batch(plan, partition.split, range(start, min(start + size, partition.stop)))
+
+    def stage(start: int, computed: _Computed) -> int:
+        with timing("staging"):
+            return _stage(extractor, writer, start - partition.start, computed)
+
+    def wait(future: Future[T]) -> T:
+        with timing("waiting"):
+            return future.result()
 
     with (
         ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead") as reader,
@@ -57,16 +70,17 @@ def run_partition(
         ahead, behind = reader.submit(load, starts[0]), None
         with extractor.turn:
             for start in starts:
-                batch = ahead.result()
+                batch = wait(ahead)
                 if start + size < partition.stop:
                     ahead = reader.submit(load, start + size)
                 computed = _compute(plan, extractor, batch)
                 if behind is not None:
-                    advance(behind.result())
-                behind = stager.submit(_stage, writer, start - partition.start, computed)
+                    advance(wait(behind))
+                behind = stager.submit(stage, start, computed)
         if behind is not None:
-            advance(behind.result())
-    return writer.commit()
+            advance(wait(behind))
+    with timing("staging"):
+        return writer.commit()
 
 
 def load_batch(plan: ExtractionPlan, split: str, indices: Sequence[int]) -> list[Loaded]:
@@ -93,12 +107,12 @@ def _load(plan: ExtractionPlan, split: str, index: int) -> Loaded:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Computed:
-    """What came of a batch: samples and features of all that passed, and why some cannot be stored."""
+    """What came of a batch: samples, a wait for their features, and why some cannot be stored."""
 
     ids: tuple[str, ...]
     samples: Sequence[PreparedSample]
     """Those of the batch, another in the place of one that could not be read."""
-    features: FeatureBatch | None
+    features: Callable[[], FeatureBatch] | None
     reasons: dict[int, str]
     """By position in the batch."""
 
@@ -113,21 +127,23 @@ def _compute(plan: ExtractionPlan, extractor: Extractor | Painter, batch: Sequen
     passing = [usable[0] if isinstance(loaded, Unusable) else loaded for loaded in batch]
     passing += [usable[0]] * (filled(plan.config.batch_size) - len(batch))
     if isinstance(extractor, Painter):
-        samples, features = extractor([one for one in passing if isinstance(one, PictureRequest)])
-    else:
-        samples = [one for one in passing if isinstance(one, PreparedSample)]
-        features = extractor(samples)
-    found = failures(features, extractor.layers, extractor.timesteps)
-    return _Computed(ids=ids, samples=samples, features=features, reasons=found | reasons)
+        samples, drawn = extractor([one for one in passing if isinstance(one, PictureRequest)])
+        return _Computed(ids=ids, samples=samples, features=lambda: drawn, reasons=reasons)
+    samples = [one for one in passing if isinstance(one, PreparedSample)]
+    return _Computed(ids=ids, samples=samples, features=extractor.begin(samples), reasons=reasons)
 
 
-def _stage(writer: PartitionWriter, offset: int, computed: _Computed) -> int:
+def _stage(extractor: Extractor | Painter, writer: PartitionWriter, offset: int, computed: _Computed) -> int:
     """Give a batch to the store; how many samples it had."""
+    features, reasons = None, computed.reasons
+    if computed.features is not None:
+        features = computed.features()
+        reasons = failures(features, extractor.layers, extractor.timesteps) | reasons
     for position, sample_id in enumerate(computed.ids):
-        if position in computed.reasons:
-            writer.fail(offset + position, sample_id, computed.reasons[position])
-        elif computed.features is not None:
-            writer.write(offset + position, [computed.samples[position]], _row(computed.features, position))
+        if position in reasons:
+            writer.fail(offset + position, sample_id, reasons[position])
+        elif features is not None:
+            writer.write(offset + position, [computed.samples[position]], _row(features, position))
     return len(computed.ids)
 
 
