@@ -19,7 +19,10 @@ CONCEPTS = {
     "segmentation": ("object", "background", "detail", "edges"),
     "saliency": ("background", "object", "edges", "salient", "contour"),
     "depth": ("depth", "surface", "object", "near", "far"),
-}
+    "unified": (
+        "object", "background", "detail", "edges", "salient", "contour", "depth", "surface", "near", "far",
+    ),
+}  # fmt: skip
 
 
 def extract() -> ExtractConfig:
