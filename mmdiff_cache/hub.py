@@ -39,10 +39,13 @@ def find_snapshot(
     if not download:
         raise refuse(reason)
     try:
-        return Path(snapshot_download(source, allow_patterns=list(patterns)))
+        folder = Path(snapshot_download(source, allow_patterns=list(patterns)))
     except Exception as error:  # the hub client's network errors have changed class from release to release
         said = textwrap.shorten(str(error), 100, placeholder=" ...")
         raise refuse(f"{reason}, and the hub gave: {said}") from error
+    if lacking := missing(folder):  # offline, the client hands out what it has
+        raise refuse(f"{lacking} is not in the local cache, and the hub did not give it")
+    return folder
 
 
 def model_files(folder: Path, stem: str) -> list[str]:
