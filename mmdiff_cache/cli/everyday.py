@@ -149,9 +149,9 @@ def extract(
     chosen_mode = [] if mode is None else [f"generation.mode={mode}"]
     plan = mm.plan(compose(ExtractConfig, "extract", config, flags, [*chosen_mode, *(set_ or [])]))
     if dry_run:
-        from mmdiff_cache.extraction.plan import with_timed_blocks
+        from mmdiff_cache.extraction.plan import with_time
 
-        say(str(with_timed_blocks(plan)))
+        say(str(with_time(plan, workers)))
         return
     from mmdiff_cache.extraction.profile import Profile
 

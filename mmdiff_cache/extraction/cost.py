@@ -21,6 +21,8 @@ class Cost:
     """Operations a second; None where nothing was measured."""
     activation_bytes: int | None = None
     """GPU memory of a pass beside the weights, where blocks were timed on a GPU."""
+    gpus: int = 1
+    """GPUs among which the samples are divided; processes on the CPU share its cores, and do not count."""
 
     @property
     def device(self) -> str:
@@ -30,14 +32,14 @@ class Cost:
     @property
     def seconds(self) -> float | None:
         """Estimated duration; None where nothing was measured."""
-        return None if self.speed is None else self.operations / self.speed.value
+        return None if self.speed is None else self.operations / self.speed.value / self.gpus
 
     def __str__(self) -> str:
         total = show_operations(self.operations)
         if self.speed is None or self.seconds is None:
             return f"unknown ({total}; no run on this machine was measured yet; --dry-run times two blocks)"
-        speed = show_operations(self.speed.value)
-        return f"about {show_duration(self.seconds)} ({total} at {speed}/s; {self.speed.source})"
+        speed = f"{show_operations(self.speed.value)}/s{f' on each of {self.gpus} GPUs' * (self.gpus > 1)}"
+        return f"about {show_duration(self.seconds)} ({total} at {speed}; {self.speed.source})"
 
 
 def estimate(config: ExtractConfig, info: BackboneInfo, *, samples: int) -> Cost:

@@ -13,7 +13,7 @@ from mmdiff_cache.backbones.registry import describe
 from mmdiff_cache.backbones.timing import time_blocks
 from mmdiff_cache.config import ExtractConfig
 from mmdiff_cache.extraction.measured import FILE, known_speed, machine_of
-from mmdiff_cache.extraction.plan import plan, with_timed_blocks
+from mmdiff_cache.extraction.plan import plan, with_time
 from mmdiff_cache.extraction.resolve import resolve
 from mmdiff_cache.extraction.run import extract
 from mmdiff_cache.store.reader import Store
@@ -96,10 +96,15 @@ def test_damaged_figures_are_no_figures(
 
 
 def test_blocks_are_timed_where_nothing_is_known(config: ExtractConfig, tmp_path: Path) -> None:
-    timed = with_timed_blocks(plan(replace(config, store=str(tmp_path / "new"))))
+    timed = with_time(plan(replace(config, store=str(tmp_path / "new"))))
     assert timed.cost.seconds is not None
     assert timed.cost.seconds > 0
     assert "timed: two of its blocks with random weights" in str(timed)
+    assert timed.cost.gpus == with_time(timed, workers=2).cost.gpus == 1, "processes share the CPU's cores"
+    assert timed.cost.speed is not None
+    rack = replace(timed.cost, machine="some GPU", speed=replace(timed.cost.speed, value=1e12), gpus=8)
+    assert rack.seconds == pytest.approx(timed.cost.operations / 8e12)
+    assert "on each of 8 GPUs" in str(rack)
 
 
 def test_blocks_of_sd3_are_timed_too(tmp_path: Path) -> None:
