@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 class Measured(Config):
     """Speed and size of one run."""
 
+    dataset: str
     backbone: str
     dtype: str
     machine: str
@@ -35,6 +36,8 @@ class Measured(Config):
     """Operations of the transformer (cost.forward_operations) over the time of the whole run."""
     bytes_ratio: float
     """Hidden states in float16 over their bytes on disk."""
+    others_ratio: float
+    """The same of all other arrays: pictures, labels, concept scores ..."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,11 +74,22 @@ def known_speed(config: ExtractConfig, machine: str) -> Figure | None:
     return None
 
 
-def known_ratio(config: ExtractConfig) -> Figure | None:
-    """Raw to stored bytes of hidden states, by an earlier run; None if there is none."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ratios:
+    """Raw to stored bytes, and where they are from."""
+
+    hidden_states: float
+    others: float
+    """1 where nothing of the same data set was measured."""
+    source: str
+
+
+def known_ratios(config: ExtractConfig) -> Ratios | None:
+    """What an earlier run found to be left of its arrays; None if there is none."""
     for file, found in _measurements(config):
         if (found.backbone, found.dtype, found.codec) == (config.backbone, config.dtype, config.codec):
-            return Figure(value=found.bytes_ratio, source=str(file))
+            others = found.others_ratio if found.dataset == config.dataset else 1.0
+            return Ratios(hidden_states=found.bytes_ratio, others=others, source=str(file))
     return None
 
 
@@ -95,5 +109,5 @@ def _measurements(config: ExtractConfig) -> Iterator[tuple[Path, Measured]]:
             measured = Measured.from_json(json.loads(file.read_text(encoding="utf-8")))
         except (OSError, ValueError, RecursionError, TypeError, AttributeError, ConfigError):
             continue  # not there, or damaged: it is worth an estimate, not an error
-        if measured.operations_per_second > 0 and measured.bytes_ratio > 0:
+        if min(measured.operations_per_second, measured.bytes_ratio, measured.others_ratio) > 0:
             yield file, measured

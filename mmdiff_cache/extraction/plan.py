@@ -19,7 +19,7 @@ from mmdiff_cache.encoders.registry import describe_encoder
 from mmdiff_cache.errors import BackboneError, DataError, StorageRefused
 from mmdiff_cache.extraction.cost import Cost, estimate, time_blocks
 from mmdiff_cache.extraction.drawing import describe_generation
-from mmdiff_cache.extraction.measured import Figure, known_ratio
+from mmdiff_cache.extraction.measured import Ratios, known_ratios
 from mmdiff_cache.extraction.placement import visible_gpus
 from mmdiff_cache.extraction.resolve import resolve
 from mmdiff_cache.extraction.variants import variants_of
@@ -57,10 +57,10 @@ class ExtractionPlan:
     new: int
     """Samples that the store which is there was not planned with: they need `append`."""
     raw_bytes: int
-    ratio: Figure | None
-    """Hidden states as float16 to their bytes on disk, where an earlier run was measured."""
+    ratios: Ratios | None
+    """What compression leaves, where an earlier run was measured."""
     stored_bytes: int
-    """Estimated bytes on disk; as before the codec where `ratio` is not known."""
+    """Estimated bytes on disk; as before the codec where `ratios` are not known."""
     files: int
     scratch_bytes: int
     """Most that a first pass of the text encoders writes beside the store, until the run ends."""
@@ -105,7 +105,7 @@ def plan(config: ExtractConfig, samples: Mapping[str, Sequence[str]] | None = No
         raise DataError(f"{bare} has no prompt, and --prompts {prompts.kind} needs one for every sample")
     schema = _schema(config, info, dataset)
     counts = [len(names) for names in chosen.values()]
-    ratio = known_ratio(config)
+    ratios = known_ratios(config)
     disk = existing_parent(Path(filled(config.store)))
     done = _count_done(Path(filled(config.store)), chosen)
     return ExtractionPlan(
@@ -124,8 +124,8 @@ def plan(config: ExtractConfig, samples: Mapping[str, Sequence[str]] | None = No
         done=done,
         new=_count_new(Path(filled(config.store)), chosen),
         raw_bytes=sum(raw_bytes(schema, count) for count in counts),
-        ratio=ratio,
-        stored_bytes=sum(estimated_bytes(schema, count, ratio and ratio.value) for count in counts),
+        ratios=ratios,
+        stored_bytes=sum(_estimated(schema, count, ratios) for count in counts),
         files=sum(file_count(schema, count) for count in counts),
         scratch_bytes=_scratch_bytes(config, info, prompts, chosen, left=sum(counts) - done),
         cost=estimate(config, info, samples=sum(counts) - done),
@@ -338,10 +338,16 @@ def bytes_by_array(plan: ExtractionPlan) -> dict[str, int]:
 
 
 def _compressed(plan: ExtractionPlan) -> str:
-    if plan.ratio is None:
+    if plan.ratios is None:
         return "; compressed size unknown (no run was measured yet)"
-    source = f"hidden states {plan.ratio.value:.2f} : 1 in {plan.ratio.source}"
+    source = f"hidden states {plan.ratios.hidden_states:.2f} : 1 in {plan.ratios.source}"
     return f"; about {show_bytes(plan.stored_bytes)} compressed ({source})"
+
+
+def _estimated(schema: StoreSchema, samples: int, ratios: Ratios | None) -> int:
+    if ratios is None:
+        return estimated_bytes(schema, samples)
+    return estimated_bytes(schema, samples, ratios.hidden_states, ratios.others)
 
 
 def _gpu_memory(plan: ExtractionPlan) -> str:

@@ -31,7 +31,7 @@ from mmdiff_cache.extraction.text_pass import text_of
 from mmdiff_cache.extraction.variants import variants_of
 from mmdiff_cache.extraction.worker import run_partition
 from mmdiff_cache.records import Progress
-from mmdiff_cache.store.arrays import hidden_states
+from mmdiff_cache.store.arrays import arrays, hidden_states
 from mmdiff_cache.store.manifest import Manifest
 from mmdiff_cache.store.reader import Store, open_store
 from mmdiff_cache.store.records import Partition, Record
@@ -249,9 +249,13 @@ def _extract_all(
 def _measured(plan: ExtractionPlan, records: Sequence[Record], seconds: float) -> Measured:
     """What a run of these records shows of the machine's speed and the codec's worth."""
     config, samples = plan.config, sum(len(record.samples) for record in records)
-    files = [file for record in records for file in record.files if "/hidden_states/" in file.path]
+    hidden = [file for record in records for file in record.files if "/hidden_states/" in file.path]
+    hidden_bytes = sum(file.size for file in hidden)
+    other_bytes = sum(file.size for record in records for file in record.files) - hidden_bytes
     raw = hidden_states(replace(plan.schema, codec="zstd"), 1).nbytes / len(plan.schema.variants)
+    others = [s for s in arrays(plan.schema, samples) if s.reach != "array" and s.path != "hidden_states"]
     return Measured(
+        dataset=config.dataset,
         backbone=filled(config.backbone),
         dtype=filled(config.dtype),
         machine=plan.cost.machine,
@@ -260,7 +264,8 @@ def _measured(plan: ExtractionPlan, records: Sequence[Record], seconds: float) -
         codec=config.codec,
         samples=samples,
         operations_per_second=operations_a_sample(config, plan.backbone) * samples / seconds,
-        bytes_ratio=raw * len(files) / max(1, sum(file.size for file in files)),
+        bytes_ratio=raw * len(hidden) / max(1, hidden_bytes),
+        others_ratio=sum(spec.nbytes for spec in others) / max(1, other_bytes),
     )
 
 

@@ -176,15 +176,18 @@ def raw_bytes(schema: StoreSchema, samples: int) -> int:
     return sum(spec.nbytes for spec in arrays(replace(schema, codec="zstd"), samples))
 
 
-def estimated_bytes(schema: StoreSchema, samples: int, ratio: float | None = None) -> int:
-    """Bytes of one split on disk; only hidden states are expected to shrink.
+def estimated_bytes(
+    schema: StoreSchema, samples: int, ratio: float | None = None, others: float = 1.0
+) -> int:
+    """Bytes of one split on disk.
 
-    `ratio` is that of hidden states as float16 to what the codec leaves of them; without one, they are
-    counted as they are before the codec.
+    `ratio` is that of hidden states as float16 to what the codec leaves of them, `others` that of all other
+    arrays; without a ratio, hidden states are counted as they are before the codec.
     """
     raw = hidden_states(replace(schema, codec="zstd"), samples).nbytes
     before_codec = hidden_states(schema, samples).nbytes
-    return math.ceil(raw / ratio if ratio else before_codec) + raw_bytes(schema, samples) - raw
+    hidden = raw / ratio if ratio else before_codec
+    return math.ceil(hidden + (raw_bytes(schema, samples) - raw) / others)
 
 
 def file_count(schema: StoreSchema, samples: int) -> int:

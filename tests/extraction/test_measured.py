@@ -58,9 +58,9 @@ def test_files_and_raw_bytes_come_out_as_planned(config: ExtractConfig, store: S
 
 def test_the_next_plan_knows_speed_and_size_and_says_from_where(config: ExtractConfig, store: Store) -> None:
     planned = plan(replace(config, limit=20))
-    assert planned.ratio is not None
+    assert planned.ratios is not None
     assert planned.cost.speed is not None
-    assert planned.ratio.source == planned.cost.speed.source == str(store.path / FILE)
+    assert planned.ratios.source == planned.cost.speed.source == str(store.path / FILE)
     text = str(planned)
     assert str(store.path / FILE) in text
     assert "a disk that reads less than" in text
@@ -69,7 +69,9 @@ def test_the_next_plan_knows_speed_and_size_and_says_from_where(config: ExtractC
     one = plan(config)
     grid = math.prod(one.schema.grid) * one.schema.channels * 2
     raw = grid * len(one.schema.layers) * len(one.schema.timesteps) * one.total
-    assert planned.ratio.value == pytest.approx(raw / hidden, rel=1e-9)
+    assert planned.ratios.hidden_states == pytest.approx(raw / hidden, rel=1e-9)
+    stored = sum(path.stat().st_size for path in store.path.rglob("c.*")) + 2 * 4096
+    assert plan(config).stored_bytes == pytest.approx(stored, rel=0.1)
     others = replace(config, batch_size=4)
     assert known_speed(resolve(others), machine_of("auto")) is None, "other batches have another speed"
 

@@ -104,7 +104,7 @@ def test_the_plan_knows_the_samples_and_the_arrays(config: ExtractConfig) -> Non
         "depth",
     ]
     assert planned.raw_bytes == planned.stored_bytes > 12 * 4 * 4 * 8 * 8 * 32 * 2
-    assert planned.ratio is None, "nothing was measured yet"
+    assert planned.ratios is None, "nothing was measured yet"
     assert sum(bytes_by_array(planned).values()) > 0.98 * planned.raw_bytes
 
 
