@@ -1,32 +1,28 @@
 """Reads one split. What a record does not vouch for is an error with the sample's name, never a fill value.
 
-Samples are addressed by position, layers by name (`single.4`), timesteps by value (0.26). Chunks are read
-straight out of their shards (`chunks`); zarr reads what is one chunk a partition, and arrays whose metadata
-says something that `shards` does not know. All of it may be called from several threads.
+Samples are addressed by position, layers by name (`single.4`), timesteps by value (0.26). All of it may be
+called from several threads.
 """
 
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import zarr
 from numpy.typing import NDArray
 
-from mmdiff_cache.errors import ConfigError, DamageError, MMDiffError, StorageError
+from mmdiff_cache.errors import ConfigError
 from mmdiff_cache.records import LabelSpec
 
 from .arrays import CROSS_ATTENTION, ArraySpec, arrays, discriminative_path
-from .chunks import ChunkReader
 from .evidence import Evidence
 from .manifest import Manifest
-from .metadata import chunk_key, codec_words
+from .metadata import codec_words
 from .quantise import restore
 from .records import FileEntry, SampleEntry
 from .schema import Discriminative, Variant
-from .shards import ShardLayout, parse_layout
+from .split_arrays import SplitArrays
 from .threads import codec_pool
 
 TIMESTEP_TOLERANCE = 1e-6
@@ -38,12 +34,10 @@ class SplitReader:
     def __init__(self, root: Path, manifest: Manifest, split: str) -> None:
         self.path, self.split = root / f"{split}.zarr", split
         self.ids: tuple[str, ...] = manifest.splits[split]
-        self._root, self._manifest, self._schema = root, manifest, manifest.schema
+        self._manifest, self._schema = manifest, manifest.schema
         self._specs = {spec.path: spec for spec in arrays(manifest.schema, len(self.ids))}
-        self._arrays: dict[str, zarr.Array[Any]] = {}
-        self._layouts: dict[str, ShardLayout | None] = {}
         self._evidence = Evidence(root, manifest, split)
-        self._chunks = ChunkReader(root, self._evidence)
+        self._arrays = SplitArrays(root, split, self._specs, self._evidence, self._schema.partition_size)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -141,7 +135,7 @@ class SplitReader:
 
     def codec(self, path: str) -> str:
         """The codecs of an array in words, such as `blosc zstd 1 shuffle, crc32c`."""
-        return codec_words(self._array(path))
+        return codec_words(self._arrays.open(path))
 
     def state(self, sample: int, label_set: str | None = None) -> str:
         """`done`, `failed`, `pending` (never finished) or `damaged` (its record cannot be used).
@@ -204,15 +198,17 @@ class SplitReader:
         if self.lossy:
             self._restore(places, out)
         else:
-            self._fill("hidden_states", [(stored, out[place]) for place, stored in places.items()])
+            self._arrays.fill("hidden_states", [(stored, out[place]) for place, stored in places.items()])
         return out
 
     def _restore(self, places: Mapping[tuple[int, ...], tuple[int, ...]], out: NDArray[np.float16]) -> None:
         """Fill `out` from whole numbers and scales; `places` has the stored position of every map in it."""
         steps = np.empty(out.shape, np.int8)
         scales = np.empty((*out.shape[:3], self.channels), np.float32)
-        self._fill("hidden_states", [(stored, steps[place]) for place, stored in places.items()])
-        self._fill("hidden_states_scale", [(stored, scales[place]) for place, stored in places.items()])
+        self._arrays.fill("hidden_states", [(stored, steps[place]) for place, stored in places.items()])
+        self._arrays.fill(
+            "hidden_states_scale", [(stored, scales[place]) for place, stored in places.items()]
+        )
         for done in [codec_pool().submit(restore, steps[at], scales[at], out[at]) for at in places]:
             done.result()
 
@@ -229,13 +225,13 @@ class SplitReader:
         steps, variant = self._steps(timesteps), self._variant(variant)
         out = np.empty((len(samples), len(steps), *self._specs[path].shape[3:]), np.float32)
         pairs = product(enumerate(samples), enumerate(steps))
-        self._fill(path, [((n, variant, t), out[row, i]) for (row, n), (i, t) in pairs])
+        self._arrays.fill(path, [((n, variant, t), out[row, i]) for (row, n), (i, t) in pairs])
         return out
 
     def concept_maps(self, vocabulary: str, samples: Sequence[int], variant: int = 0) -> NDArray[np.float32]:
         """Shares of the concepts at every token, [B K h w]: mean over map_blocks and all stored timesteps."""
         path = f"concepts/{self._vocabulary(vocabulary)}/maps"
-        return self._rows(path, samples, self._variant(variant))
+        return self._arrays.rows(path, samples, self._variant(variant))
 
     def cross_attention(
         self, samples: Sequence[int], timesteps: Sequence[float] | None = None, variant: int = 0
@@ -250,7 +246,7 @@ class SplitReader:
         steps, variant = self._steps(timesteps), self._variant(variant)
         out = np.empty((len(samples), len(steps), *self._specs[CROSS_ATTENTION].shape[3:]), np.float32)
         pairs = product(enumerate(samples), enumerate(steps))
-        self._fill(CROSS_ATTENTION, [((n, variant, t), out[row, i]) for (row, n), (i, t) in pairs])
+        self._arrays.fill(CROSS_ATTENTION, [((n, variant, t), out[row, i]) for (row, n), (i, t) in pairs])
         return out
 
     def discriminative_features(
@@ -264,52 +260,52 @@ class SplitReader:
         path, variant = discriminative_path(name), self._variant(variant)
         out = np.empty((len(samples), *self._specs[path].shape[2:]), np.float16)
         places = product(enumerate(samples), range(out.shape[1]))
-        self._fill(path, [((n, variant, layer), out[row, layer]) for (row, n), layer in places])
+        self._arrays.fill(path, [((n, variant, layer), out[row, layer]) for (row, n), layer in places])
         return out
 
     def latents(self, samples: Sequence[int]) -> NDArray[np.float32]:
         """Clean latents as tokens, [B h w P]."""
-        return self._rows("latents", samples)
+        return self._arrays.rows("latents", samples)
 
     def images(self, samples: Sequence[int]) -> NDArray[np.uint8]:
         """Pictures at network size, [B H W 3]."""
-        return self._rows("images", samples)
+        return self._arrays.rows("images", samples)
 
     def prompts(self, samples: Sequence[int]) -> list[str]:
         """The texts that conditioned the backbone."""
-        return [str(text) for text in self._rows("prompt", samples)]
+        return [str(text) for text in self._arrays.rows("prompt", samples)]
 
     def generation_seeds(self, samples: Sequence[int]) -> NDArray[np.int64]:
         """Seeds of the noise that pictures were drawn from, [B]. Raises ConfigError where none was drawn."""
-        return self._rows("generation_seed", samples)
+        return self._arrays.rows(self._drawn("generation_seed"), samples)
 
     def sigmas(self, samples: Sequence[int]) -> NDArray[np.float32]:
         """The noise level at which each timestep was captured, [B T]: t itself, but in mode `nearest`."""
-        return self._rows("sigma", samples)
+        return self._arrays.rows(self._drawn("sigma"), samples)
 
     def stored_ids(self, samples: Sequence[int]) -> list[str]:
         """The ids as the store's own array has them; `ids` are those of the manifest."""
-        return [str(name) for name in self._rows("sample_id", samples)]
+        return [str(name) for name in self._arrays.rows("sample_id", samples)]
 
     def noise_keys(self, samples: Sequence[int]) -> NDArray[np.uint64]:
         """Philox keys, [B V 2]; records.draw_noise gives the noise itself."""
-        return self._rows("noise_key", samples)
+        return self._arrays.rows("noise_key", samples)
 
     def labels(self, name: str, samples: Sequence[int]) -> NDArray[Any]:
         """Label maps at network size, [B H W]: uint8 ids, or float32 metres."""
         self._evidence.require(samples, self._label(name))
-        return self._rows(f"labels/{name}/map", samples)
+        return self._arrays.rows(f"labels/{name}/map", samples)
 
     def original_label(self, name: str, sample: int) -> NDArray[Any]:
         """One label map as it was distributed, [H0 W0]."""
         self._evidence.require([sample], self._label(name))
         folder = f"labels/{name}"
-        rows, columns = (int(side) for side in self._rows(f"{folder}/original_size", [sample])[0])
-        return np.ascontiguousarray(self._rows(f"{folder}/original", [sample])[0, :rows, :columns])
+        rows, columns = (int(side) for side in self._arrays.rows(f"{folder}/original_size", [sample])[0])
+        return np.ascontiguousarray(self._arrays.rows(f"{folder}/original", [sample])[0, :rows, :columns])
 
     def audit(self, samples: Sequence[int] | None = None) -> NDArray[np.float32]:
         """Statistics of every map, [B V T L statistic] (see STATISTICS); by default of all finished ones."""
-        return self._rows("audit", self.finished if samples is None else samples)
+        return self._arrays.rows("audit", self.finished if samples is None else samples)
 
     def _steps(self, timesteps: Sequence[float] | None) -> Sequence[int]:
         return (
@@ -329,87 +325,16 @@ class SplitReader:
             raise ConfigError(f"concept vocabulary {name!r} is not in {self.path}; stored: {stored}")
         return name
 
+    def _drawn(self, path: str) -> str:
+        if not self.drawn:
+            raise ConfigError(f"{self.path} has no {path}: its pictures were not drawn from prompts")
+        return path
+
     def _label(self, name: str) -> str:
         if name not in self.label_specs:
             stored = ", ".join(self.label_specs) or "none"
             raise ConfigError(f"label set {name!r} is not in {self.path}; stored: {stored}")
         return name
-
-    def _rows(self, path: str, samples: Sequence[int], variant: int | None = None) -> NDArray[Any]:
-        """Rows of a small array."""
-        if path not in self._specs:
-            raise ConfigError(f"{self.path} has no {path}: its pictures were not drawn from prompts")
-        self._evidence.require(samples)
-        spec = self._specs[path]
-        inner = spec.shape[1:] if variant is None else spec.shape[2:]
-        out = np.empty((len(samples), *inner), object if spec.dtype == "string" else spec.dtype)
-        if spec.chunk[0] == 1 and spec.dtype != "string":
-            behind = () if variant is None else (variant,)
-            self._fill(path, [((n, *behind), out[row]) for row, n in enumerate(samples)])
-            return out
-        for run, target in _runs(samples, self._schema.partition_size):
-            with self._reading(path, (run.start // self._schema.partition_size,)) as array:
-                out[target] = array.get_basic_selection(run if variant is None else (run, variant))
-        return out
-
-    def _fill(self, path: str, wanted: Sequence[tuple[tuple[int, ...], NDArray[Any]]]) -> None:
-        """Fill each target with the chunk at its position; a position names all axes that chunks divide."""
-        layout, spec = self._layout(path), self._specs[path]
-        shard = spec.shard or spec.chunk
-        if layout is None:
-            for position, target in wanted:
-                outer = tuple(at // size for at, size in zip(position, shard, strict=False))
-                with self._reading(path, outer) as array:
-                    target[...] = array.get_basic_selection(position)
-            return
-        files: dict[str, list[tuple[int, NDArray[Any]]]] = {}
-        for position, target in wanted:
-            outer, number = layout.locate((*position, *[0] * (len(spec.shape) - len(position))))
-            files.setdefault(f"{self.split}.zarr/{chunk_key(spec, *outer)}", []).append((number, target))
-        self._chunks.read(layout, list(files.items()))
-
-    def _layout(self, path: str) -> ShardLayout | None:
-        """How an array's shards can be read without zarr; None where its metadata says something unknown."""
-        if path not in self._layouts:
-            spec = self._specs[path]
-            found = parse_layout(self._metadata(path))
-            fits = found is not None and (found.shard, found.chunk, found.dtype) == (
-                spec.shard,
-                spec.chunk,
-                np.dtype(spec.dtype),
-            )
-            self._layouts[path] = found if fits else None
-        return self._layouts[path]
-
-    def _metadata(self, path: str) -> bytes:
-        file = self.path / path / "zarr.json"
-        try:
-            return file.read_bytes()
-        except OSError as error:
-            raise StorageError(f"cannot read {file}: {error.strerror or error}") from error
-
-    @contextmanager
-    def _reading(self, path: str, position: tuple[int, ...]) -> Generator["zarr.Array[Any]"]:
-        """Give the array after a look at the shard's size; any trouble inside it is damage of that file."""
-        name = f"{self.split}.zarr/{chunk_key(self._specs[path], *position)}"
-        file = self._root / name
-        try:
-            self._evidence.check_file(name)
-            yield self._array(path)
-        except MMDiffError:
-            raise
-        except OSError as error:
-            raise StorageError(f"cannot read {file}: {error.strerror or error}") from error
-        except (ValueError, RuntimeError, KeyError, TypeError) as error:
-            raise DamageError(
-                f"{file} is damaged ({error}); the rest of the store can still be read"
-            ) from error
-
-    def _array(self, path: str) -> "zarr.Array[Any]":
-        """Opened once; two threads that meet here open it twice, which is harmless."""
-        if path not in self._arrays:
-            self._arrays[path] = zarr.open_array(self.path / path, mode="r", zarr_format=3)
-        return self._arrays[path]
 
 
 def _target(out: NDArray[Any] | None, shape: tuple[int, ...], dtype: "np.dtype[Any]") -> NDArray[Any]:
@@ -420,17 +345,3 @@ def _target(out: NDArray[Any] | None, shape: tuple[int, ...], dtype: "np.dtype[A
     if not out.flags.writeable:  # Blosc writes without asking
         raise ConfigError("out must be an array that can be written, got one that is read-only")
     return out
-
-
-def _runs(positions: Sequence[int], size: int | None = None) -> Iterator[tuple[slice, slice]]:
-    """Runs of consecutive positions as (slice to read, slice to fill); none crosses a multiple of `size`."""
-    begin = 0
-    for end in range(1, len(positions) + 1):
-        last = end == len(positions)
-        if (
-            last
-            or positions[end] != positions[end - 1] + 1
-            or (size is not None and positions[end] % size == 0)
-        ):
-            yield slice(positions[begin], positions[end - 1] + 1), slice(begin, end)
-            begin = end

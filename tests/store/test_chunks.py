@@ -22,6 +22,7 @@ from mmdiff_cache.store.reader import open_store
 from mmdiff_cache.store.records import encode_record, read_record, record_path
 from mmdiff_cache.store.shards import EMPTY, ShardLayout, decode_index, encode_index, parse_layout
 from mmdiff_cache.store.split import SplitReader
+from mmdiff_cache.store.split_arrays import SplitArrays
 from tests.store.synthetic import make_features, make_manifest, make_schema, write_store
 
 SHARD = "train.zarr/hidden_states/c.1.1.0.0.0.0.0"
@@ -49,7 +50,7 @@ def test_zarr_and_chunks_read_the_same(finished: Path, monkeypatch: pytest.Monke
     direct = everything(open_store(finished)["train"])
     opened: list[str] = []
     real = zarr.open_array
-    monkeypatch.setattr(SplitReader, "_layout", lambda self, path: None)
+    monkeypatch.setattr(SplitArrays, "_layout", lambda self, path: None)
     monkeypatch.setattr(zarr, "open_array", lambda path, **how: opened.append(str(path)) or real(path, **how))
     through_zarr = everything(open_store(finished)["train"])
     assert len(opened) >= 7, "this reader does go through zarr"
@@ -193,7 +194,9 @@ def test_indexes_are_kept_up_to_a_limit(finished: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(chunks, "INDEX_BYTES", 2 * 6 * 16)
     reader = open_store(finished)["train"]
     reader.hidden_states(range(6))
-    assert list(reader._chunks._indexes) == [f"train.zarr/hidden_states/c.{n}.0.0.0.0.0.0" for n in (4, 5)]
+    assert list(reader._arrays._chunks._indexes) == [
+        f"train.zarr/hidden_states/c.{n}.0.0.0.0.0.0" for n in (4, 5)
+    ]
 
 
 def test_after_an_error_nobody_writes_into_the_target(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
