@@ -2,7 +2,7 @@
 
     python pipelines/controls.py --work controls-work             # hours on two cores; run again, it goes on
     python pipelines/controls.py --work controls-quick --quick    # minutes: only to see that it runs
-    python pipelines/controls.py --work controls-work --times 3 --task segmentation --row "VAE latent" ...
+    python pipelines/controls.py --work controls-work --task segmentation --row "VAE latent"      # a part of it
 
 Every row is the same training (samples, batches, steps, seeds, decoder, loss) on other features: four
 timesteps of the trained backbone, the same as int8, each timestep alone, four timesteps of a backbone of the
@@ -68,7 +68,7 @@ class Size:
     """Names of those that are trained; empty means all."""
 
 
-WHOLE = Size(limit=512, steps={"segmentation": 480, "saliency": 240, "depth": 240}, seeds=(0, 1, 2))
+WHOLE = Size(limit=512, steps={"segmentation": 1440, "saliency": 720, "depth": 720}, seeds=(0, 1, 2))
 QUICK = Size(limit=16, steps=dict.fromkeys(TASKS, 4), seeds=(0, 1))
 
 
@@ -201,7 +201,7 @@ def train_all(size: Size, work: Path, results: Path, workers: int) -> list[dict[
     return found
 
 
-def write_report(lines: list[dict[str, Any]], work: Path, suffix: str) -> None:
+def write_report(lines: list[dict[str, Any]], work: Path) -> None:
     """table.md, and a picture of the training curves a task."""
     tables: list[str] = []
     for task in dict.fromkeys(line["task"] for line in lines):
@@ -211,9 +211,9 @@ def write_report(lines: list[dict[str, Any]], work: Path, suffix: str) -> None:
         tables += _table(task, rows)
         caption = f"{task}: training loss by step, each point the mean of 1/20 of the steps and of all seeds"
         series = {name: _mean_curve([run["loss"] for run in runs]) for name, runs in rows.items()}
-        draw_lines(series, caption).save(work / f"loss-{task}{suffix}.png", optimize=True)
-    (work / f"table{suffix}.md").write_text("\n".join(tables))
-    log.info("%s\n\n%s", work / f"table{suffix}.md", "\n".join(tables))
+        draw_lines(series, caption).save(work / f"loss-{task}.png", optimize=True)
+    (work / "table.md").write_text("\n".join(tables))
+    log.info("%s\n\n%s", work / "table.md", "\n".join(tables))
 
 
 def _table(task: str, rows: Mapping[str, list[dict[str, Any]]]) -> list[str]:
@@ -277,7 +277,6 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="trainings side by side")
     parser.add_argument("--results", type=Path, help="one line a training; WORK/results.jsonl by default")
     parser.add_argument("--quick", action="store_true", help="a few samples and steps")
-    parser.add_argument("--times", type=int, default=1, help="so many times the steps")
     parser.add_argument("--task", action="append", choices=TASKS, help="only these; by default all")
     parser.add_argument("--row", action="append", help="only these; by default all")
     asked = parser.parse_args()
@@ -285,15 +284,13 @@ def main() -> None:
     size, work = QUICK if asked.quick else WHOLE, asked.work.absolute()
     size = replace(
         size,
-        steps={task: steps * asked.times for task, steps in size.steps.items()},
         tasks=tuple(asked.task or TASKS),
         rows=tuple(asked.row or ()),
     )
     work.mkdir(parents=True, exist_ok=True)
     make_stores(size, work)
     write_int8(work)
-    lines = train_all(size, work, asked.results or work / "results.jsonl", asked.workers)
-    write_report(lines, work, suffix="" if asked.times == 1 else f"-{asked.times}x")
+    write_report(train_all(size, work, asked.results or work / "results.jsonl", asked.workers), work)
 
 
 if __name__ == "__main__":
