@@ -2,7 +2,7 @@
 
     python pipelines/controls.py --work controls-work             # hours on two cores; run again, it goes on
     python pipelines/controls.py --work controls-quick --quick    # minutes: only to see that it runs
-    python pipelines/controls.py --work controls-work --task segmentation --row "VAE latent"      # a part of it
+    python pipelines/controls.py --work controls-work --task segmentation --row "VAE latent"  # a part
 
 Every row is the same training (samples, batches, steps, seeds, decoder, loss) on other features: four
 timesteps of the trained backbone, the same as int8, each timestep alone, four timesteps of a backbone of the
