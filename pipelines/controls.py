@@ -32,6 +32,7 @@ from diffusers.models.transformers.transformer_flux import FluxTransformer2DMode
 
 import mmdiff_cache as mm
 from mmdiff_cache.backbones.registry import BACKBONES
+from mmdiff_cache.datasets.concepts import DEFAULT
 from mmdiff_cache.flux_scenes.build import load_pipeline, save_pipeline
 from mmdiff_cache.flux_scenes.curves import draw_lines
 from mmdiff_cache.store.convert import Selection, convert, plan_conversion
@@ -119,6 +120,7 @@ def make_stores(size: Size, work: Path) -> None:
         backbone=BACKBONE,
         limit=size.limit,
         timesteps=NINE,
+        concepts={task: DEFAULT[task] for task in TASKS},
         store=str(work / TRAINED),
     )
     random = replace(trained, backbone=str(randomised(work)), timesteps=FOUR, store=str(work / RANDOM))
