@@ -233,7 +233,8 @@ def test_the_cast_clamps_and_every_change_is_counted(values: np.ndarray) -> None
     if finite.all() and np.abs(values).max() < 1e15:
         wide = values.astype(np.float64)
         assert counts["max_abs"] == np.abs(values).max()
-        np.testing.assert_allclose(counts["mean"], wide.mean(), rtol=1e-4, atol=1e-5 * np.abs(wide).max())
+        coarse = 1e-5 * np.abs(wide).max() + np.finfo(np.float32).tiny  # below it float32 has few digits left
+        np.testing.assert_allclose(counts["mean"], wide.mean(), rtol=1e-4, atol=coarse)
         np.testing.assert_allclose(counts["rms"], np.sqrt((wide**2).mean()), rtol=1e-4, atol=1e-18)
 
 
