@@ -177,17 +177,3 @@ def unpack_optimiser(optimiser: torch.optim.Optimizer, tensors: Mapping[str, Ten
         index, key = name.split("/")
         state.setdefault(int(index), {})[key] = tensor
     optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
-
-
-def pack_random_state() -> dict[str, Tensor]:
-    """The states of torch's generators: the CPU's, and each CUDA device's where there are any."""
-    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {"cpu": torch.get_rng_state(), **{f"cuda{n}": state for n, state in enumerate(devices)}}
-
-
-def unpack_random_state(tensors: Mapping[str, Tensor]) -> None:
-    """Put back what `pack_random_state` took; a machine with other devices keeps its own for those."""
-    torch.set_rng_state(tensors["cpu"])
-    for number in range(torch.cuda.device_count()):
-        if f"cuda{number}" in tensors:
-            torch.cuda.set_rng_state(tensors[f"cuda{number}"], number)

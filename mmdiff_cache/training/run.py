@@ -7,7 +7,7 @@ threads, whether or not the training was interrupted and continued.
 import shlex
 import shutil
 from collections.abc import Generator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,8 @@ from mmdiff_cache.training.folder import (
     open_folder,
     read_metrics,
 )
+from mmdiff_cache.training.loop import Reading, run_loop
+from mmdiff_cache.training.random_state import own_random_state
 from mmdiff_cache.training.resolve import encoder_hashes, pick_device, resolve
 from mmdiff_cache.training.trainer import Trainer
 
@@ -179,30 +181,36 @@ def train(config: TrainConfig, progress: Progress | None = None) -> Run:
     run that does not fit the configuration or the store, StoreError for a store that cannot be read,
     TrainingError for a loss that is no number. An interruption carries, as its note, the line that goes on.
     """
-    config = resolve(config)
-    setup = set_up(config)
-    folder = _claim(setup)
-    setup = replace(setup, config=replace(config, run=str(folder)))
-    with locked(folder), logging_to(folder / LOG), own_random_state(), flushing_denormals():
-        torch.manual_seed(config.seed)
+    setup = set_up(resolve(config))
+    with opened(setup, _claim(setup)) as trainer, flushing_denormals():
+        samples, held_out = trainer.setup.samples, trainer.setup.held_out
+        reading = Reading(
+            samples=samples, held_out=held_out, batch_size=trainer.batch_size, seed=trainer.config.seed
+        )
+        try:
+            failures = run_loop([trainer], reading, progress or _silent)
+        except KeyboardInterrupt as stop:
+            stop.add_note(f"mmdiff-cache train --config {shlex.quote(str(trainer.folder / CONFIG))}")
+            raise
+    for failure in failures.values():
+        raise failure
+    return load_run(trainer.folder)
+
+
+@contextmanager
+def opened(setup: Setup, folder: Path) -> Generator[Trainer]:
+    """A training in its folder, locked: a new one, or at the step where it stopped."""
+    setup = replace(setup, config=replace(setup.config, run=str(folder)))
+    with locked(folder), logging_to(folder / LOG):
         trainer = Trainer(setup, folder)
         if (folder / LAST).exists():
             trainer.go_on()
         else:
             checkpoint.write_json(folder / CONFIG, setup.config.to_json())
-            checkpoint.write_json(folder / ENVIRONMENT, environment(config.device))
+            checkpoint.write_json(folder / ENVIRONMENT, environment(setup.config.device))
             _keep_manifest(setup.store, folder)
-        try:
-            trainer.run(progress or _silent)
-        except KeyboardInterrupt as stop:
-            stop.add_note(f"mmdiff-cache train --config {shlex.quote(str(folder / CONFIG))}")
-            raise
-    return load_run(folder)
-
-
-def own_random_state() -> AbstractContextManager[None]:
-    """Leave torch's generators as they were: a caller's random numbers do not depend on ours."""
-    return torch.random.fork_rng(devices=range(torch.cuda.device_count()))
+        trainer.begin()
+        yield trainer
 
 
 @contextmanager

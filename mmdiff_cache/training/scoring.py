@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -82,6 +82,10 @@ Predictor = Callable[[Batch, Sequence[tuple[int, int]]], Sequence[NDArray[Any]]]
 """Anything that answers a batch with one prediction a sample, at the sizes asked for."""
 
 
+Name = TypeVar("Name")
+"""Whatever a caller tells predictors apart by."""
+
+
 def model_predictor(model: Model, task: Task, precision: str) -> Predictor:
     """A trained model as a predictor."""
 
@@ -92,7 +96,7 @@ def model_predictor(model: Model, task: Task, precision: str) -> Predictor:
 
 
 def score(
-    predictors: Mapping[str, Predictor],
+    predictors: Mapping[Name, Predictor],
     dataset: CachedFeatureDataset,
     task: Task,
     *,
@@ -100,7 +104,7 @@ def score(
     original: bool,
     batch_size: int,
     progress: Progress | None = None,
-) -> dict[str, Scores]:
+) -> dict[Name, Scores]:
     """Score several predictors in one pass over a data set that yields the task's labels.
 
     `original` scores at the labels' original sizes, else at the network's input size. Batches are streamed.
@@ -112,7 +116,7 @@ def score(
     if fit == "crop":
         label = replace(label, crop=None)  # _truths leaves out what lies outside of it
     metrics = {name: task.metric(label, data_set) for name in predictors}
-    own: dict[str, dict[str, Mapping[str, float]]] = {name: {} for name in predictors}
+    own: dict[Name, dict[str, Mapping[str, float]]] = {name: {} for name in predictors}
     done = 0
     for batch in make_loader(dataset, batch_size, shuffle=False):
         truths = _truths(dataset, task.label, batch, original)

@@ -1,7 +1,8 @@
-"""The loop of one training: its state, one step of it, its checks and its checkpoints."""
+"""One training: its state, one step of it, its checks and its checkpoints."""
 
 import logging
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -10,8 +11,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from mmdiff_cache.config import filled
 from mmdiff_cache.errors import CheckpointError, TrainingError
-from mmdiff_cache.loader import Batch, make_loader
-from mmdiff_cache.records import Progress
+from mmdiff_cache.loader import Batch
 from mmdiff_cache.tasks import better, headline
 from mmdiff_cache.training import checkpoint
 from mmdiff_cache.training.build import Model, Setup, build_model, spec_to_json
@@ -19,7 +19,8 @@ from mmdiff_cache.training.checkpoint import BEST, EMA, LAST, OPTIMISER, RAW, RN
 from mmdiff_cache.training.ema import Ema
 from mmdiff_cache.training.folder import append_metrics, cut_metrics
 from mmdiff_cache.training.optim import make_optimizer, make_schedule
-from mmdiff_cache.training.scoring import forward_batch, model_predictor, score
+from mmdiff_cache.training.random_state import RandomState
+from mmdiff_cache.training.scoring import Predictor, Scores, forward_batch, model_predictor
 
 logger = logging.getLogger(__name__)
 
@@ -32,13 +33,18 @@ LOG_LINES = 200
 
 
 class Trainer:
-    """The state of one training: weights, their average, the optimiser, the step."""
+    """The state of one training: weights, their average, the optimiser, the random numbers, the step.
+
+    The loop hands it batches; see `loop`. A new one starts at step 0; `go_on` takes up the last checkpoint.
+    """
 
     def __init__(self, setup: Setup, folder: Path) -> None:
         self.setup, self.folder, self.config = setup, folder, setup.config
         self.steps, self.batch_size = filled(self.config.steps), filled(self.config.batch_size)
         self.device = torch.device(self.config.device)
-        self.model: Model = build_model(setup.spec).to(self.device).train()
+        self.random = RandomState(self.config.seed)
+        with self.random:
+            self.model: Model = build_model(setup.spec).to(self.device).train()
         self.ema: Ema[Model] = Ema(self.model, self.config.ema)
         self.optimiser: AdamW = make_optimizer(
             self.model,
@@ -50,37 +56,33 @@ class Trainer:
         self.step = 0
         self.best: float | None = None
         self.headline = headline(setup.task, setup.origin.dataset)
+        self.state = ""
+        """Loss and speed of the last step, in words."""
+        self._first, self._begun = 0, time.monotonic()
+        self._saved = self._begun
 
-    def run(self, progress: Progress) -> None:
-        """Train to the last step."""
+    @property
+    def finished(self) -> bool:
+        """Whether all steps are done."""
+        return self.step >= self.steps
+
+    def begin(self) -> None:
+        """Say what is trained, and start the clock."""
         counts = ", ".join(f"{name} {count:,}" for name, count in self.model.parameter_counts().items())
         logger.info("training on %d samples, parameters: %s", len(self.setup.samples), counts)
-        saved = begun = time.monotonic()
-        first = self.step
-        check_every, log_every = max(1, self.steps // CHECKS), max(1, self.steps // LOG_LINES)
-        batches = make_loader(
-            self.setup.samples,
-            self.batch_size,
-            seed=self.config.seed,
-            drop_last=True,
-            start=self.step,
-            steps=self.steps - self.step,
-        )
-        for batch in batches:
+        self._first, self._begun = self.step, time.monotonic()
+        self._saved = self._begun
+
+    def take(self, batch: Batch) -> None:
+        """One step on a batch, and its line in the metrics where one is due."""
+        with self.random:
             loss = self.learn(batch)
-            speed = (self.step - first) * self.batch_size / (time.monotonic() - begun)
-            if self.step % log_every == 0:
-                append_metrics(
-                    self.folder, {"step": self.step, "loss": loss, "samples_per_second": round(speed, 2)}
-                )
-            if self.step % check_every == 0 or self.step == self.steps:
-                self.check()
-                self.save()
-                saved = time.monotonic()
-            elif time.monotonic() - saved > SECONDS_BETWEEN_CHECKPOINTS:
-                self.save()
-                saved = time.monotonic()
-            progress(self.step, self.steps, f"loss {loss:.4f}, {speed:.3g} samples/s")
+        speed = (self.step - self._first) * self.batch_size / (time.monotonic() - self._begun)
+        if self.step % max(1, self.steps // LOG_LINES) == 0:
+            append_metrics(
+                self.folder, {"step": self.step, "loss": loss, "samples_per_second": round(speed, 2)}
+            )
+        self.state = f"loss {loss:.4f}, {speed:.3g} samples/s"
 
     def learn(self, batch: Batch) -> float:
         """One step; its loss. Raises TrainingError, naming the samples, if that is not finite."""
@@ -103,22 +105,21 @@ class Trainer:
         self.step += 1
         return value
 
-    def check(self) -> None:
-        """Score the held-out samples with the averaged weights, at the end also the raw ones."""
-        if self.setup.held_out is None:
-            return
-        models = {EMA: self.ema.model, **({RAW: self.model.eval()} if self.step == self.steps else {})}
-        scores = score(
-            {
-                name: model_predictor(model, self.setup.task, self.config.precision)
-                for name, model in models.items()
-            },
-            self.setup.held_out,
-            self.setup.task,
-            data_set=self.setup.origin.dataset,
-            original=False,
-            batch_size=self.batch_size,
-        )
+    @property
+    def check_is_due(self) -> bool:
+        """Whether the held-out samples are to be scored after the step just made."""
+        return self.step % max(1, self.steps // CHECKS) == 0 or self.finished
+
+    def predictors(self) -> dict[str, Predictor]:
+        """What is scored at a check: the averaged weights, at the end also the raw ones."""
+        models = {EMA: self.ema.model, **({RAW: self.model} if self.finished else {})}
+        return {
+            name: model_predictor(model.eval(), self.setup.task, self.config.precision)
+            for name, model in models.items()
+        }
+
+    def note_scores(self, scores: Mapping[str, Scores]) -> None:
+        """Take down the held-out scores; keep the averaged weights if they are the best so far."""
         self.model.train()
         value = scores[EMA].overall[self.headline]
         logger.info("step %d: held-out %s %s", self.step, self.headline, value)
@@ -129,6 +130,12 @@ class Trainer:
         if value is not None and better(self.setup.task, value, self.best):
             self.best = value
             checkpoint.save(self.folder / BEST, self.header(), {EMA: self.ema.model.state_dict()})
+
+    def save_if_due(self) -> None:
+        """Write a checkpoint after each check, and where the last one is some minutes old."""
+        if self.check_is_due or time.monotonic() - self._saved > SECONDS_BETWEEN_CHECKPOINTS:
+            self.save()
+            self._saved = time.monotonic()
 
     def header(self) -> Header:
         """What the checkpoints of this moment say about themselves."""
@@ -146,7 +153,7 @@ class Trainer:
             RAW: self.model.state_dict(),
             EMA: self.ema.model.state_dict(),
             OPTIMISER: checkpoint.pack_optimiser(self.optimiser),
-            RNG: checkpoint.pack_random_state(),
+            RNG: self.random.pack(),
         }
         checkpoint.save(self.folder / LAST, self.header(), groups)
 
@@ -171,5 +178,5 @@ class Trainer:
         ):
             group["lr"] = base * factor(self.step)
         cut_metrics(self.folder, self.step)
-        checkpoint.unpack_random_state(checkpoint.read_group(path, RNG))
+        self.random.unpack(checkpoint.read_group(path, RNG))
         logger.info("going on from step %d of %d", self.step, self.steps)
