@@ -306,6 +306,7 @@ class TrainConfig(Config):
     """Stage two: which task, from which stores, which of the stored features, which decoder, how long."""
 
     task: str
+    """One task, or several that share a model, as in `segmentation+depth` (Paper: App. C)."""
     label: str | None = None
     """A label set of the task's kind; the task's own by default."""
     stores: tuple[str, ...] = ()
@@ -331,6 +332,13 @@ class TrainConfig(Config):
     decoder_rate: float = 0.5
     """The decoder's learning rate as a share of `learning_rate` (Paper: Sec. 3.4)."""
     weight_decay: float = 0.01
+    mixing: tuple[float, ...] | None = None
+    """Of several tasks: the ratio of their batches, in their order; equal by default."""
+    disjoint: bool = False
+    """Of several tasks with one store: deal the samples out, so that each serves one task alone."""
+    loss_weights: tuple[float, ...] | None = None
+    """Of several tasks: what each loss counts; by default 1 / its mean over its first `balance_steps`."""
+    balance_steps: int = 50
     ema: EmaConfig = field(default_factory=EmaConfig)
     holdout: float = 0.1
     """Share of the training split that picks the best checkpoint and is never trained on."""
@@ -345,7 +353,13 @@ class TrainConfig(Config):
     def __post_init__(self) -> None:
         for t in self.timesteps or ():
             _require(0.0 <= t <= 1.0, f"timesteps lie in [0, 1] (1 = pure noise), got {t:g}")
-        for name in ("steps", "batch_size", "limit", "decoder_width"):
+        for name in ("mixing", "loss_weights"):
+            shares, tasks = getattr(self, name), self.task.count("+") + 1
+            _require(
+                shares is None or (len(shares) == tasks and min(shares) > 0),
+                f"{name} needs a positive number for each of the {tasks} tasks, got {shares}",
+            )
+        for name in ("steps", "batch_size", "limit", "decoder_width", "balance_steps"):
             value = getattr(self, name)
             _require(value is None or value > 0, f"{name} must be positive, got {value}")
         _require(0.0 <= self.holdout < 1.0, f"holdout must lie in [0, 1), got {self.holdout:g}")
