@@ -353,8 +353,10 @@ class TrainConfig(Config):
     def __post_init__(self) -> None:
         for t in self.timesteps or ():
             _require(0.0 <= t <= 1.0, f"timesteps lie in [0, 1] (1 = pure noise), got {t:g}")
+        tasks = self.task.count("+") + 1
+        _require(not self.disjoint or tasks > 1, "disjoint deals samples to several tasks, got one")
         for name in ("mixing", "loss_weights"):
-            shares, tasks = getattr(self, name), self.task.count("+") + 1
+            shares = getattr(self, name)
             _require(
                 shares is None or (len(shares) == tasks and min(shares) > 0),
                 f"{name} needs a positive number for each of the {tasks} tasks, got {shares}",

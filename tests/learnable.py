@@ -38,6 +38,7 @@ VOCABULARIES = {
     "segmentation": ("object", "background", "edges"),
     "saliency": ("salient", "contour"),
     "depth": ("near", "far"),
+    "unified": ("object", "background", "near", "far"),
 }
 
 
@@ -59,10 +60,12 @@ def make_schema(**changes: object) -> StoreSchema:
     return StoreSchema(**{**values, **changes})  # type: ignore[arg-type]
 
 
-def make_manifest(schema: StoreSchema, splits: dict[str, int], dataset: str, prompts: str) -> Manifest:
+def make_manifest(
+    schema: StoreSchema, splits: dict[str, int], dataset: str, prompts: str, weights: str = "0" * 64
+) -> Manifest:
     return Manifest(
         identity={
-            "weights_sha256": "0" * 64,
+            "weights_sha256": weights,
             "dtype": "float32",
             "noise": {"form": "flow", "seed": 0, "shared": True},
         },
@@ -161,12 +164,13 @@ def write_store(
     stop_after: int | None = None,
     sample: Callable[[str], PreparedSample] = make_sample,
     spoilt: str | None = None,
+    weights: str = "0" * 64,
 ) -> Path:
     """Write a store through the real writer. `spoilt` is a sample whose features are as large as float16 can
     hold.
     """
     schema = schema or make_schema()
-    manifest = make_manifest(schema, {"train": train, "test": test}, dataset, prompts)
+    manifest = make_manifest(schema, {"train": train, "test": test}, dataset, prompts, weights)
     with open_writer(path, manifest) as writer:
         pending = [partition for split in manifest.splits for partition in writer.pending(split)]
         for partition in pending[:stop_after]:

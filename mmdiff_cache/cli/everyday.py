@@ -36,6 +36,7 @@ Limit = Annotated[
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 MovedStore = Annotated[Path | None, typer.Option(help="Where the run's store lies now, if it was moved.")]
+OneTask = Annotated[str | None, typer.Option("--task", help="Which one, for a run of several tasks.")]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="The folder that 'train' wrote.")]
 
 
@@ -185,7 +186,9 @@ def extract(
 
 
 def train(
-    task: Annotated[str | None, typer.Option(help="segmentation, saliency or depth.")] = None,
+    task: Annotated[
+        str | None, typer.Option(help="segmentation, saliency or depth; A+B trains one model for both.")
+    ] = None,
     store: Annotated[
         list[str] | None,
         typer.Option(help="A store to learn from; may be repeated. By default the only fitting one."),
@@ -224,7 +227,8 @@ def train(
     with progress_bar("train") as advance:
         trained = mm.train(chosen, progress=advance)
     say(str(trained))
-    next_command("mmdiff-cache", "evaluate", str(trained.path))
+    several = ["--task", trained.tasks[0]] if len(trained.tasks) > 1 else []
+    next_command("mmdiff-cache", "evaluate", str(trained.path), *several)
 
 
 def evaluate(
@@ -233,6 +237,7 @@ def evaluate(
         str | None, typer.Option(help="Split to score; test where there is one, else val.")
     ] = None,
     weights: Annotated[str, typer.Option(help="ema, raw or best.")] = "ema",
+    task: OneTask = None,
     store: MovedStore = None,
     train_baselines: Annotated[
         bool, typer.Option("--train-baselines", help="First train the baselines that need it; kept in RUN.")
@@ -244,7 +249,13 @@ def evaluate(
 
     with progress_bar("evaluate") as advance:
         scores = mm.evaluate(
-            run, split, weights, with_trained_baselines=train_baselines, store=store, progress=advance
+            run,
+            split,
+            weights,
+            with_trained_baselines=train_baselines,
+            store=store,
+            task=task,
+            progress=advance,
         )
     if as_json:
         return print_json(scores.to_json())
@@ -255,6 +266,7 @@ def evaluate(
 def predict(
     run: RunFolder,
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Pictures of any size.")],
+    task: OneTask = None,
     out: Annotated[Path | None, typer.Option(help="Folder to write; RUN/predictions by default.")] = None,
 ) -> None:
     """Apply a trained run to new pictures: colour PNG, raw array, and a page that shows them side by side."""
@@ -262,7 +274,7 @@ def predict(
 
     folder = out or run / "predictions"
     with progress_bar("predict") as advance:
-        predictions = mm.predict(mm.load_model(run), images, out=folder, progress=advance)
+        predictions = mm.predict(mm.load_model(run, task=task), images, out=folder, progress=advance)
     for prediction in predictions:
         say(str(prediction))
     say(f"\npage  {folder / 'index.html'}")

@@ -36,7 +36,7 @@ from mmdiff_cache.store.manifest import Manifest
 from mmdiff_cache.store.quantise import round_trip
 from mmdiff_cache.tasks import find_task
 from mmdiff_cache.training.build import Model
-from mmdiff_cache.training.run import Run, device_of, kept_manifest, load_run, model_for_run
+from mmdiff_cache.training.run import Run, device_of, kept_manifest, model_for_run, one_task
 from mmdiff_cache.training.scoring import predict_batch, select
 
 Picture = str | os.PathLike[str] | Sample
@@ -176,13 +176,17 @@ class TrainedModel:
         return np.repeat(maps[:, None, None], len(self.extractor.layers), axis=2)
 
 
-def load_model(run: Run | str | os.PathLike[str], weights: str = "ema") -> TrainedModel:
+def load_model(
+    run: Run | str | os.PathLike[str], weights: str = "ema", task: str | None = None
+) -> TrainedModel:
     """A trained run, ready to be given to `predict`. Weights: `ema`, `raw` or `best`.
+
+    `task` is one of those of a run of several.
 
     The store is not needed: the run keeps what it says about itself. Raises CheckpointError for a run that
     cannot be used.
     """
-    opened = load_run(run if isinstance(run, Run) else Path(run))
+    opened = one_task(run if isinstance(run, Run) else Path(run), task)
     model = model_for_run(opened, weights).to(device_of(opened))
     return TrainedModel(opened, kept_manifest(opened), model)
 

@@ -1,7 +1,8 @@
 """From a resolved configuration to what is trained: samples, held-out samples, and the spec of the model."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from mmdiff_cache.config import TrainConfig, filled
 from mmdiff_cache.errors import CheckpointError, ConfigError
 from mmdiff_cache.loader import CachedFeatureDataset, sample_order
 from mmdiff_cache.models.mmdiff import MMDiff, ModelSpec, resolve_model
+from mmdiff_cache.models.unified import OneTask, Unified, UnifiedSpec
 from mmdiff_cache.records import LabelSpec
 from mmdiff_cache.store.manifest import hash_of_ids
 from mmdiff_cache.store.reader import Store, open_store
@@ -23,24 +25,34 @@ from mmdiff_cache.training.resolve import (
     origin,
     training_samples,
 )
+from mmdiff_cache.training.unified import check_same_identity, parts, task_names
 
-Model = MMDiff | PixelUNet
-Spec = ModelSpec | PixelSpec
+Network = MMDiff | PixelUNet | Unified
+"""What a training has weights of."""
+Model = MMDiff | PixelUNet | OneTask
+"""What answers one task."""
+Spec = ModelSpec | PixelSpec | UnifiedSpec
 
 HOLDOUT_STREAM = 2**63
 """Number of the random stream that draws the held-out samples; epochs count from 0 and never reach it."""
 DEPTH_SAMPLES = 256
 """Training labels, evenly spaced, that the typical depth is taken from."""
 
-_KINDS: Mapping[str, tuple[type[Any], Callable[[Any], Model]]] = {
+_KINDS: Mapping[str, tuple[type[Any], Callable[[Any], Network]]] = {
     "mmdiff": (ModelSpec, MMDiff.from_spec),
     "pixels": (PixelSpec, PixelUNet),
+    "unified": (UnifiedSpec, Unified),
 }
 
 
-def build_model(spec: Spec) -> Model:
+def build_model(spec: Spec) -> Network:
     """A model with fresh weights, drawn from torch's global generator."""
     return _KINDS[_kind(spec)][1](spec)
+
+
+def for_task(network: Network, task: str) -> Model:
+    """A network as it serves one of its tasks."""
+    return network.for_task(task) if isinstance(network, Unified) else network
 
 
 def spec_to_json(spec: Spec) -> dict[str, Any]:
@@ -65,10 +77,11 @@ def _kind(spec: Spec) -> str:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Setup:
-    """Everything a training needs besides weights."""
+class Part:
+    """One task of a training, and the samples that teach it."""
 
     config: TrainConfig
+    """That of the task alone."""
     task: Task
     store: Store
     origin: Origin
@@ -77,10 +90,9 @@ class Setup:
     """What is trained on."""
     held_out: CachedFeatureDataset | None
     """What picks the best checkpoint; None where nothing is held out."""
-    spec: Spec
 
     @property
-    def store_identity(self) -> dict[str, str]:
+    def identity(self) -> dict[str, str]:
         """What a checkpoint must have in common with the store to go on: its origin and its samples."""
         ids = [self.samples.reader.ids[index] for index in self.samples.indices]
         return {
@@ -93,25 +105,86 @@ class Setup:
         }
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Setup:
+    """Everything a training needs besides weights."""
+
+    config: TrainConfig
+    parts: tuple[Part, ...]
+    """One a task, in the order of the configuration."""
+    spec: Spec
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint must have in common with the stores to go on; of several tasks by their names."""
+        if len(self.parts) == 1:
+            return dict(self.parts[0].identity)
+        return {part.task.name: part.identity for part in self.parts}
+
+
+def check_identity(setup: Setup, stored: Mapping[str, Any], path: Path) -> None:
+    """Raise CheckpointError where the checkpoint at `path` was trained on other samples."""
+    for part in setup.parts:
+        had = stored if len(setup.parts) == 1 else stored.get(part.task.name, {})
+        for name, value in part.identity.items():
+            if had.get(name) != value:
+                raise CheckpointError(
+                    f"{path} was trained on a store whose {name} is {had.get(name)}, that of "
+                    f"{part.store.path} is {value}; train anew with another --run"
+                )
+
+
 def set_up(config: TrainConfig) -> Setup:
-    """Open the store of a resolved configuration and split its training samples."""
+    """Open the stores of a resolved configuration and split their training samples."""
+    names = task_names(config)
+    if config.disjoint and len(set(config.stores)) > 1:
+        raise ConfigError(
+            f"disjoint deals the samples of one store to {len(names)} tasks, got {len(config.stores)} stores"
+        )
+    tasks = tuple(
+        _part(one, slice(number, None, len(names)) if config.disjoint else slice(None), 1 / len(names))
+        for number, one in enumerate(parts(config))
+    )
+    if len(tasks) > 1:
+        check_same_identity({str(one.store.path): one.store.manifest for one in tasks})
+    return Setup(config=config, parts=tasks, spec=_spec(tasks))
+
+
+def _part(config: TrainConfig, dealt: slice, memory: float) -> Part:
+    """One task of a training, its share of the samples, and its share of the memory that may keep them."""
     task, store = find_task(config.task, config.label), open_store(config.stores[0])
     reader = store[TRAIN_SPLIT]
     label = label_spec(reader, task)
     kept, held = split_samples(
         training_samples(reader, config.limit, task.label), config.holdout, config.seed
     )
-    samples = open_dataset(config, store, TRAIN_SPLIT, kept, share=1 - config.holdout)
-    return Setup(
+    kept, held = kept[dealt], held[dealt]
+    if not kept or (config.holdout and not held):
+        raise ConfigError(
+            f"disjoint leaves task {task.name} no sample to {'hold out' if kept else 'train on'}; "
+            "take more samples or another holdout"
+        )
+    share = memory * config.holdout
+    return Part(
         config=config,
         task=task,
         store=store,
         origin=origin(store),
         label=label,
-        samples=samples,
-        held_out=open_dataset(config, store, TRAIN_SPLIT, held, share=config.holdout) if held else None,
-        spec=make_spec(config, samples, label),
+        samples=open_dataset(config, store, TRAIN_SPLIT, kept, share=memory - share),
+        held_out=open_dataset(config, store, TRAIN_SPLIT, held, share=share) if held else None,
     )
+
+
+def _spec(tasks: Sequence[Part]) -> Spec:
+    """The shape of the model: of the only task, or of all."""
+    specs = {one.task.name: make_spec(one.config, one.samples, one.label) for one in tasks}
+    if len(specs) == 1:
+        return specs[tasks[0].task.name]
+    shapes = {task: spec for task, spec in specs.items() if isinstance(spec, ModelSpec)}
+    if len(shapes) < len(specs):
+        raise ConfigError(f"source {tasks[0].config.source!r} trains one task at a time, got {len(tasks)}")
+    return UnifiedSpec.join(shapes)
 
 
 def open_dataset(
@@ -150,7 +223,7 @@ def split_samples(
     return kept, tuple(sample for position, sample in enumerate(samples) if position in held)
 
 
-def make_spec(config: TrainConfig, samples: CachedFeatureDataset, label: LabelSpec) -> Spec:
+def make_spec(config: TrainConfig, samples: CachedFeatureDataset, label: LabelSpec) -> ModelSpec | PixelSpec:
     """The shape of the model that fits these samples."""
     task, schema = find_task(config.task, config.label), samples.store.manifest.schema
     depth = typical_depth(samples, label) if task.output == "depth" else 1.0

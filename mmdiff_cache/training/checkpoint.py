@@ -23,7 +23,7 @@ from mmdiff_cache.errors import CheckpointError, StorageError
 FORMAT_VERSION = 1
 LAST, BEST = "last.safetensors", "best.safetensors"
 
-RAW, EMA, OPTIMISER, RNG = "raw", "ema", "optimiser", "rng"
+RAW, EMA, OPTIMISER, RNG, BALANCE = "raw", "ema", "optimiser", "rng", "balance"
 """First part of a tensor's name: which group it belongs to."""
 
 

@@ -18,7 +18,7 @@ from mmdiff_cache.training.build import open_dataset, split_samples
 from mmdiff_cache.training.checkpoint import EMA, LAST, RAW
 from mmdiff_cache.training.report import Evaluation
 from mmdiff_cache.training.resolve import TRAIN_SPLIT, training_samples
-from mmdiff_cache.training.run import Run, device_of, load_run, model_for_run, store_of, train
+from mmdiff_cache.training.run import Run, device_of, load_run, model_for_run, one_task, store_of, train
 from mmdiff_cache.training.scoring import Predictor, Scores, model_predictor, score
 
 logger = logging.getLogger(__name__)
@@ -34,31 +34,33 @@ def evaluate(
     *,
     with_trained_baselines: bool = False,
     store: str | Path | None = None,
+    task: str | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
     """Score a run on a split: by default `test` if the store has it, else `val`; batches are streamed.
 
     Weights are `ema` (the average at the last step, the default), `raw` or `best`; averaged and raw are both
     scored. The baselines that are trainings of their own are shown once they are trained;
-    `with_trained_baselines` trains them first. `store` says where the run's store lies now. The result is
-    also written into the run's folder.
+    `with_trained_baselines` trains them first. `store` says where the run's store lies now. `task` is one of
+    those of a run of several. The result is also written into the run's folder.
 
     Raises ConfigError for a split or weights there are not, CheckpointError for a run that cannot be used or
     belongs to another store, StoreError for a store that cannot be read.
     """
-    run = load_run(run)
-    opened, task = store_of(run, store), find_task(run.config.task, run.config.label)
+    several = len(load_run(run).tasks) > 1
+    run = one_task(run, task)
+    opened, entry = store_of(run, store), find_task(run.config.task, run.config.label)
     split = _pick_split(opened, split)
     if with_trained_baselines:
         train_baselines(run, opened, progress)
     dataset = open_dataset(run.config, opened, split)
-    predictors = _predictors(run, task, weights)
+    predictors = _predictors(run, entry, weights)
     fitting = _fitting(run, opened, dataset)
     simple = baselines_for(fitting)
     found = score(
         {**predictors, **simple},
         dataset,
-        task,
+        entry,
         data_set=fitting.data_set,
         original=True,
         batch_size=filled(run.config.batch_size),
@@ -68,8 +70,8 @@ def evaluate(
     others = {name: found[name].overall for name in predictors if name != weights}
     result = Evaluation(
         run=str(run.path),
-        task=task.name,
-        label=task.label,
+        task=entry.name,
+        label=entry.label,
         data_set=fitting.data_set,
         split=split,
         samples=len(dataset),
@@ -78,15 +80,15 @@ def evaluate(
         source=run.config.source,
         weights=weights,
         step=run.step,
-        headline=headline(task, fitting.data_set),
-        higher_is_better=task.higher_is_better,
+        headline=headline(entry, fitting.data_set),
+        higher_is_better=entry.higher_is_better,
         scores=found[weights].overall,
         other_weights=others,
-        baselines={**baselines, **_trained_scores(run, opened, split, task)},
+        baselines={**baselines, **_trained_scores(run, opened, split, entry)},
         per_sample=found[weights].samples,
-        protocol=_protocol(dataset, task, split),
+        protocol=_protocol(dataset, entry, split),
     )
-    _keep(run, result)
+    _keep(run, result, f"{entry.name}-" if several else "")
     return result
 
 
@@ -176,9 +178,11 @@ def _protocol(dataset: CachedFeatureDataset, task: Task, split: str) -> str:
     return f"{len(dataset)} samples of {split}{left_out}; {size}; {how}"
 
 
-def _keep(run: Run, result: Evaluation) -> None:
+def _keep(run: Run, result: Evaluation, task: str) -> None:
     """Write the result beside the run; a folder that cannot be written costs only that."""
     try:
-        checkpoint.write_json(run.path / f"evaluation-{result.split}-{result.weights}.json", result.to_json())
+        checkpoint.write_json(
+            run.path / f"evaluation-{task}{result.split}-{result.weights}.json", result.to_json()
+        )
     except StorageError as error:
         logger.warning("the scores were not kept: %s", error)

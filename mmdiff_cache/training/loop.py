@@ -4,29 +4,70 @@ Each training computes exactly what it would alone: it has its own weights, rand
 share is the reading.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from mmdiff_cache.loader import CachedFeatureDataset, make_loader
+from mmdiff_cache.config import filled
+from mmdiff_cache.loader import Batch, CachedFeatureDataset, make_loader
 from mmdiff_cache.records import Progress
-from mmdiff_cache.tasks import Task
+from mmdiff_cache.training.build import Setup
 from mmdiff_cache.training.scoring import score
-from mmdiff_cache.training.trainer import Trainer
+from mmdiff_cache.training.trainer import Scored, Trainer
+from mmdiff_cache.training.unified import turns
 
 Failures = dict[Path, Exception]
 """What trainings failed with, by their folders."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Reading:
-    """The samples of a loop, and the order in which they come."""
+class Stream:
+    """The samples that teach one part of a training: one task."""
 
     samples: CachedFeatureDataset
     held_out: CachedFeatureDataset | None
     """What picks the best checkpoint; None where nothing is held out."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reading:
+    """The samples of a loop, and the order in which they come."""
+
+    streams: tuple[Stream, ...]
+    """One for each part of the trainings."""
+    ratio: tuple[float, ...]
+    """Of the batches of the streams."""
     batch_size: int
     seed: int
+
+    @classmethod
+    def of(cls, setup: Setup) -> "Reading":
+        """What one training reads alone."""
+        return cls(
+            streams=tuple(Stream(samples=part.samples, held_out=part.held_out) for part in setup.parts),
+            ratio=setup.config.mixing or (1.0,) * len(setup.parts),
+            batch_size=filled(setup.config.batch_size),
+            seed=setup.config.seed,
+        )
+
+    def batches(self, start: int, stop: int) -> Iterator[tuple[int, Batch]]:
+        """The batches of steps `start` to `stop - 1`, each with the number of its stream."""
+        before, after = Counter(turns(self.ratio, 0, start)), Counter(turns(self.ratio, start, stop))
+        loaders = [
+            make_loader(
+                stream.samples,
+                self.batch_size,
+                seed=self.seed,
+                drop_last=True,
+                start=before[number],
+                steps=after[number],
+            )
+            for number, stream in enumerate(self.streams)
+        ]
+        for number in turns(self.ratio, start, stop):
+            yield number, next(loaders[number])
 
 
 def run_loop(trainers: Sequence[Trainer], reading: Reading, progress: Progress) -> Failures:
@@ -39,19 +80,10 @@ def run_loop(trainers: Sequence[Trainer], reading: Reading, progress: Progress) 
     if not going:
         return failures
     first, last = min(trainer.step for trainer in going), max(trainer.steps for trainer in going)
-    batches = make_loader(
-        reading.samples,
-        reading.batch_size,
-        seed=reading.seed,
-        drop_last=True,
-        start=first,
-        steps=last - first,
-    )
-    for step, batch in enumerate(batches, first):
+    for step, (part, batch) in enumerate(reading.batches(first, last), first):
         at_it = [trainer for trainer in going if trainer.step == step]
-        _each(at_it, lambda trainer: trainer.take(batch), failures)  # noqa: B023 - called at once
-        if reading.held_out is not None:
-            _check([trainer for trainer in at_it if trainer.check_is_due], reading.held_out, failures)
+        _each(at_it, lambda trainer: trainer.take(batch, part), failures)  # noqa: B023 - called at once
+        _check([trainer for trainer in at_it if trainer.check_is_due], reading, failures)
         _each(at_it, Trainer.save_if_due, failures)
         states = [trainer.state for trainer in at_it]
         progress(step + 1, last, states[0] if len(trainers) == 1 else f"{len(going)} trainings")
@@ -71,25 +103,35 @@ def _each(trainers: Iterable[Trainer], act: Callable[[Trainer], None], failures:
                 failures[trainer.folder] = error
 
 
-def _check(due: Sequence[Trainer], held_out: CachedFeatureDataset, failures: Failures) -> None:
-    """Score the held-out samples for all that are due, in one pass for each task."""
-    due = [trainer for trainer in due if trainer.folder not in failures]
-    for task in dict.fromkeys(trainer.setup.task for trainer in due):
-        group = [trainer for trainer in due if trainer.setup.task == task]
-        try:
-            _score(group, task, held_out)
-        except Exception:  # one's predictions cannot be scored: the others' can
-            _each(group, lambda trainer: _score([trainer], task, held_out), failures)  # noqa: B023
+def _check(due: Sequence[Trainer], reading: Reading, failures: Failures) -> None:
+    """Score the held-out samples for all that are due, in one pass for each part and task."""
+    found: dict[Path, Scored] = {trainer.folder: {} for trainer in due}
+    for part, stream in enumerate(reading.streams):
+        able = [trainer for trainer in due if trainer.folder not in failures]
+        if stream.held_out is None:
+            return
+        for task in dict.fromkeys(trainer.setup.parts[part].task for trainer in able):
+            group = [trainer for trainer in able if trainer.setup.parts[part].task == task]
+            ask = partial(_score, part=part, held_out=stream.held_out, found=found)
+            try:
+                ask(group)
+            except Exception:  # one's predictions cannot be scored: the others' can
+                _each(group, lambda trainer: ask([trainer]), failures)  # noqa: B023 - called at once
+    _each(due, lambda trainer: trainer.note_scores(found[trainer.folder]), failures)
 
 
-def _score(trainers: Sequence[Trainer], task: Task, held_out: CachedFeatureDataset) -> None:
-    found = score(
-        {(t.folder, weights): predict for t in trainers for weights, predict in t.predictors().items()},
+def _score(
+    trainers: Sequence[Trainer], part: int, held_out: CachedFeatureDataset, found: dict[Path, Scored]
+) -> None:
+    """Score a part of trainings of one task in one pass, into `found`."""
+    task = trainers[0].setup.parts[part]
+    scores = score(
+        {(t.folder, name): predict for t in trainers for name, predict in t.predictors(part).items()},
         held_out,
-        task,
-        data_set=trainers[0].setup.origin.dataset,
+        task.task,
+        data_set=task.origin.dataset,
         original=False,
         batch_size=trainers[0].batch_size,
     )
-    for trainer in trainers:
-        trainer.note_scores({weights: found[trainer.folder, weights] for weights in trainer.predictors()})
+    for (folder, weights), value in scores.items():
+        found[folder].setdefault(weights, {})[task.task.name] = value

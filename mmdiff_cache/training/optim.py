@@ -26,7 +26,7 @@ def make_optimizer(
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            rate = learning_rate * (decoder_rate if name.startswith("decoder.") else 1.0)
+            rate = learning_rate * (decoder_rate if "decoder" in name.split(".") else 1.0)
             decay = weight_decay if parameter.ndim >= 2 and not name.endswith("positions") else 0.0
             groups.setdefault((rate, decay), []).append(parameter)
     return AdamW(

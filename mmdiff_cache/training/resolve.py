@@ -2,13 +2,13 @@
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 
-from mmdiff_cache.config import AggregatorConfig, TrainConfig, data_folder
+from mmdiff_cache.config import AggregatorConfig, TrainConfig, data_folder, filled
 from mmdiff_cache.errors import ConfigError
 from mmdiff_cache.loader import NO_CONCEPTS, usable_samples
 from mmdiff_cache.models.aggregator import resolve_aggregator
@@ -17,12 +17,15 @@ from mmdiff_cache.records import LabelSpec
 from mmdiff_cache.store.reader import SplitReader, Store, open_store
 from mmdiff_cache.store.summary import find_stores
 from mmdiff_cache.tasks import Task, find_task
+from mmdiff_cache.training.unified import parts
 
 T = TypeVar("T")
 
 TRAIN_SPLIT = "train"
 SMALLEST_WIDTH = 64
 HEADS = 8
+SHARED = ("layers", "timesteps", "concepts", "discriminative", "aggregator", "decoder_width")
+"""What the tasks of a unified run read and train together."""
 WITHOUT_TRANSFORMER = ("latents", "images")
 """Sources that use nothing of the transformer, so that no concept maps go with them."""
 
@@ -57,11 +60,35 @@ def encoder_hashes(store: Store, names: Iterable[str]) -> dict[str, str]:
 
 
 def resolve(config: TrainConfig) -> TrainConfig:
-    """Fill every None but `run` from the task and the store; paths become absolute.
+    """Fill every None but `run` from the tasks and their stores; paths become absolute.
 
-    Raises ConfigError for what the task or the store does not offer, StoreError for a store that cannot be
-    read.
+    Raises ConfigError for what a task or a store does not offer, or for stores that do not go together,
+    StoreError for a store that cannot be read.
     """
+    first, *others = [_resolve_part(one) for one in parts(config)]
+    if not others:
+        return first
+    for other in others:
+        for entry in fields(TrainConfig):
+            have, want = getattr(first, entry.name), getattr(other, entry.name)
+            if entry.name in SHARED and have != want:
+                raise ConfigError(
+                    f"one model for {first.task} and {other.task} needs the same {entry.name}, their stores "
+                    f"have {have} and {want}; choose with --set {entry.name}=..."
+                )
+    return replace(
+        first,
+        task=config.task,
+        stores=tuple(one.stores[0] for one in (first, *others)),
+        steps=config.steps or sum(filled(one.steps) for one in (first, *others)),
+        disjoint=config.disjoint,
+        mixing=config.mixing or (1.0,) * (1 + len(others)),
+        loss_weights=config.loss_weights,
+    )
+
+
+def _resolve_part(config: TrainConfig) -> TrainConfig:
+    """Fill every None but `run` from one task and its store."""
     task = find_task(config.task, config.label)
     store = open_store(find_store(config, task))
     reader = store[TRAIN_SPLIT]
@@ -94,7 +121,7 @@ def find_store(config: TrainConfig, task: Task) -> Path:
     """
     if len(config.stores) > 1:
         raise ConfigError(
-            f"training takes exactly one store, got {len(config.stores)}: {', '.join(config.stores)}; "
+            f"one task takes exactly one store, got {len(config.stores)}: {', '.join(config.stores)}; "
             "train once for each"
         )
     if config.stores:

@@ -23,7 +23,7 @@ from mmdiff_cache.store.manifest import MANIFEST, Manifest, read_manifest
 from mmdiff_cache.store.reader import Store, open_store
 from mmdiff_cache.tasks import find_task, headline
 from mmdiff_cache.training import checkpoint
-from mmdiff_cache.training.build import Model, Setup, build_model, set_up, spec_from_json
+from mmdiff_cache.training.build import Model, Setup, build_model, for_task, set_up, spec_from_json
 from mmdiff_cache.training.checkpoint import BEST, EMA, LAST, RAW
 from mmdiff_cache.training.folder import (
     CONFIG,
@@ -41,6 +41,7 @@ from mmdiff_cache.training.loop import Reading, run_loop
 from mmdiff_cache.training.random_state import own_random_state
 from mmdiff_cache.training.resolve import encoder_hashes, pick_device, resolve
 from mmdiff_cache.training.trainer import Trainer
+from mmdiff_cache.training.unified import part, task_names
 
 FREE_TO_DIFFER = ("run", "stores", "device", "memory")
 """Fields that say where a training runs, not what it computes."""
@@ -55,32 +56,67 @@ class Run:
     path: Path
     config: TrainConfig
     """Resolved."""
-    origin: Mapping[str, str]
-    """Data set, backbone, prompts and fingerprint of the store it was trained on."""
+    origin: Mapping[str, Any]
+    """Data set, backbone, prompts, fingerprint of the store it was trained on; of several tasks by task."""
     step: int
     """Steps that the last checkpoint has done."""
     scores: Mapping[str, Mapping[str, Any]] = field(default_factory=dict[str, Mapping[str, Any]])
-    """Last scores on the held-out samples, by weights: `ema`, and `raw` once it has finished."""
+    """Last scores on the held-out samples, by weights: `ema`, and `raw` once it has finished.
+
+    Of several tasks each has them by task.
+    """
+    manifest: str = STORE
+    """Name of the file with the manifest of its store."""
 
     @property
     def finished(self) -> bool:
         """Whether all steps are done."""
         return self.step >= filled(self.config.steps)
 
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """What it was trained for."""
+        return task_names(self.config)
+
+    def for_task(self, task: str) -> "Run":
+        """A run of several tasks as it serves one of them; one of a single task is itself.
+
+        Raises ConfigError for a task that it was not trained for.
+        """
+        config = part(self.config, task)
+        if config is self.config:
+            return self
+        return replace(
+            self,
+            config=config,
+            origin=self.origin[task],
+            scores={weights: found[task] for weights, found in self.scores.items()},
+            manifest=manifest_name(self.config, task),
+        )
+
     def __str__(self) -> str:
-        state = "finished" if self.finished else f"stopped at step {self.step}"
-        lines = [
-            f"{self.path}",
-            f"  {self.config.task} on {self.origin['dataset']}, features of {self.origin['backbone']}, "
-            f"{filled(self.config.steps)} steps of {self.config.batch_size}, {state}",
-        ]
-        name = headline(find_task(self.config.task, self.config.label), self.origin["dataset"])
-        for weights, scores in self.scores.items():
-            value = scores.get(name)
-            lines.append(
-                f"  held-out {name}, {weights} weights: {'none' if value is None else f'{value:.4f}'}"
-            )
-        return "\n".join(lines)
+        if len(self.tasks) > 1:
+            return "\n".join([f"{self.path}", *(_lines(self.for_task(task)) for task in self.tasks)])
+        return f"{self.path}\n{_lines(self)}"
+
+
+def _lines(run: Run) -> str:
+    """A run of one task, without its folder."""
+    state = "finished" if run.finished else f"stopped at step {run.step}"
+    lines = [
+        f"  {run.config.task} on {run.origin['dataset']}, features of {run.origin['backbone']}, "
+        f"{filled(run.config.steps)} steps of {run.config.batch_size}, {state}"
+    ]
+    name = headline(find_task(run.config.task, run.config.label), run.origin["dataset"])
+    for weights, scores in run.scores.items():
+        value = scores.get(name)
+        lines.append(f"  held-out {name}, {weights} weights: {'none' if value is None else f'{value:.4f}'}")
+    return "\n".join(lines)
+
+
+def manifest_name(config: TrainConfig, task: str) -> str:
+    """The file in a run's folder that keeps what the store of a task says about itself."""
+    return STORE if len(task_names(config)) == 1 else f"store-{task}.json"
 
 
 def load_run(path: "Run | str | Path") -> Run:
@@ -105,6 +141,16 @@ def load_run(path: "Run | str | Path") -> Run:
     )
 
 
+def one_task(run: "Run | str | Path", task: str | None) -> Run:
+    """A run as it serves one task, which must be named where there are several. Raises ConfigError."""
+    run = load_run(run)
+    if task is None and len(run.tasks) > 1:
+        raise ConfigError(
+            f"{run.path} was trained for {', '.join(run.tasks)}; choose one of them with --task"
+        )
+    return run if task is None else run.for_task(task)
+
+
 def model_for_run(run: "Run | str | Path", weights: str = EMA) -> Model:
     """A run's model in evaluation mode, on the CPU. Weights: `ema`, `raw` or `best`.
 
@@ -120,7 +166,7 @@ def model_for_run(run: "Run | str | Path", weights: str = EMA) -> Model:
     with own_random_state():
         model = build_model(spec)
     checkpoint.load_weights(model, path, group)
-    return model.requires_grad_(False).eval()
+    return for_task(model.requires_grad_(False).eval(), load_run(run).config.task)
 
 
 def device_of(run: Run) -> str:
@@ -159,16 +205,16 @@ def store_of(run: Run, path: str | Path | None = None) -> Store:
     return store
 
 
-def _keep_manifest(store: Store, folder: Path) -> None:
+def _keep_manifest(store: Store, path: Path) -> None:
     """Copy what a store says about itself, so that the run can be applied when the store is gone."""
-    with storage_errors(folder):
-        shutil.copyfile(store.path / MANIFEST, folder / STORE)
+    with storage_errors(path.parent):
+        shutil.copyfile(store.path / MANIFEST, path)
 
 
 def kept_manifest(run: Run) -> Manifest:
     """What the store of a run says about itself. Raises CheckpointError where the run has lost it."""
     try:
-        return read_manifest(run.path, STORE)
+        return read_manifest(run.path, run.manifest)
     except StoreError as error:
         raise CheckpointError(f"{run.path} is not complete: {error}") from error
 
@@ -183,12 +229,8 @@ def train(config: TrainConfig, progress: Progress | None = None) -> Run:
     """
     setup = set_up(resolve(config))
     with opened(setup, _claim(setup)) as trainer, flushing_denormals():
-        samples, held_out = trainer.setup.samples, trainer.setup.held_out
-        reading = Reading(
-            samples=samples, held_out=held_out, batch_size=trainer.batch_size, seed=trainer.config.seed
-        )
         try:
-            failures = run_loop([trainer], reading, progress or _silent)
+            failures = run_loop([trainer], Reading.of(trainer.setup), progress or _silent)
         except KeyboardInterrupt as stop:
             stop.add_note(f"mmdiff-cache train --config {shlex.quote(str(trainer.folder / CONFIG))}")
             raise
@@ -208,7 +250,8 @@ def opened(setup: Setup, folder: Path) -> Generator[Trainer]:
         else:
             checkpoint.write_json(folder / CONFIG, setup.config.to_json())
             checkpoint.write_json(folder / ENVIRONMENT, environment(setup.config.device))
-            _keep_manifest(setup.store, folder)
+            for part in setup.parts:
+                _keep_manifest(part.store, folder / manifest_name(setup.config, part.task.name))
         trainer.begin()
         yield trainer
 
@@ -229,7 +272,9 @@ def _claim(setup: Setup) -> Path:
     """The run's folder: a new one, or the one asked for if it is free or holds this very training."""
     config = setup.config
     if config.run is None:
-        return new_folder(f"{config.task}-{setup.origin.dataset}-{setup.origin.backbone}")
+        origins = [part.origin for part in setup.parts]
+        datasets = "+".join(dict.fromkeys(one.dataset for one in origins))
+        return new_folder(f"{config.task}-{datasets}-{origins[0].backbone}")
     folder = Path(config.run)
     if open_folder(folder) and (folder / LAST).exists():
         _check_same(load_run(folder).config, config, folder)

@@ -3,26 +3,40 @@
 import logging
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 from mmdiff_cache.config import filled
-from mmdiff_cache.errors import CheckpointError, TrainingError
+from mmdiff_cache.errors import TrainingError
 from mmdiff_cache.loader import Batch
 from mmdiff_cache.tasks import better, headline
 from mmdiff_cache.training import checkpoint
-from mmdiff_cache.training.build import Model, Setup, build_model, spec_to_json
-from mmdiff_cache.training.checkpoint import BEST, EMA, LAST, OPTIMISER, RAW, RNG, Header
+from mmdiff_cache.training.build import (
+    Network,
+    Part,
+    Setup,
+    build_model,
+    check_identity,
+    for_task,
+    spec_to_json,
+)
+from mmdiff_cache.training.checkpoint import BALANCE, BEST, EMA, LAST, OPTIMISER, RAW, RNG, Header
 from mmdiff_cache.training.ema import Ema
 from mmdiff_cache.training.folder import append_metrics, cut_metrics
 from mmdiff_cache.training.optim import make_optimizer, make_schedule
 from mmdiff_cache.training.random_state import RandomState
 from mmdiff_cache.training.scoring import Predictor, Scores, forward_batch, model_predictor
+from mmdiff_cache.training.unified import Balance
 
 logger = logging.getLogger(__name__)
+
+Scored = dict[str, dict[str, Scores]]
+"""Held-out scores by weights and task."""
 
 CHECKS = 10
 """Times in a training that the held-out samples are scored and a checkpoint is written."""
@@ -44,8 +58,8 @@ class Trainer:
         self.device = torch.device(self.config.device)
         self.random = RandomState(self.config.seed)
         with self.random:
-            self.model: Model = build_model(setup.spec).to(self.device).train()
-        self.ema: Ema[Model] = Ema(self.model, self.config.ema)
+            self.model: Network = build_model(setup.spec).to(self.device).train()
+        self.ema: Ema[Network] = Ema(self.model, self.config.ema)
         self.optimiser: AdamW = make_optimizer(
             self.model,
             learning_rate=self.config.learning_rate,
@@ -55,7 +69,9 @@ class Trainer:
         self.schedule: LambdaLR = make_schedule(self.optimiser, steps=self.steps)
         self.step = 0
         self.best: float | None = None
-        self.headline = headline(setup.task, setup.origin.dataset)
+        self.balance = Balance(
+            [part.task.name for part in setup.parts], self.config.balance_steps, self.config.loss_weights
+        )
         self.state = ""
         """Loss and speed of the last step, in words."""
         self._first, self._begun = 0, time.monotonic()
@@ -69,14 +85,15 @@ class Trainer:
     def begin(self) -> None:
         """Say what is trained, and start the clock."""
         counts = ", ".join(f"{name} {count:,}" for name, count in self.model.parameter_counts().items())
-        logger.info("training on %d samples, parameters: %s", len(self.setup.samples), counts)
+        samples = " + ".join(str(len(part.samples)) for part in self.setup.parts)
+        logger.info("training on %s samples, parameters: %s", samples, counts)
         self._first, self._begun = self.step, time.monotonic()
         self._saved = self._begun
 
-    def take(self, batch: Batch) -> None:
-        """One step on a batch, and its line in the metrics where one is due."""
+    def take(self, batch: Batch, part: int) -> None:
+        """One step on a batch of a part, and its line in the metrics where one is due."""
         with self.random:
-            loss = self.learn(batch)
+            loss = self.learn(batch, self.setup.parts[part])
         speed = (self.step - self._first) * self.batch_size / (time.monotonic() - self._begun)
         if self.step % max(1, self.steps // LOG_LINES) == 0:
             append_metrics(
@@ -84,21 +101,21 @@ class Trainer:
             )
         self.state = f"loss {loss:.4f}, {speed:.3g} samples/s"
 
-    def learn(self, batch: Batch) -> float:
+    def learn(self, batch: Batch, part: Part) -> float:
         """One step; its loss. Raises TrainingError, naming the samples, if that is not finite."""
-        task = self.setup.task
-        outputs = forward_batch(self.model, batch, precision=self.config.precision)
+        task = part.task
+        outputs = forward_batch(for_task(self.model, task.name), batch, precision=self.config.precision)
         target = batch.targets[task.label].to(self.device, non_blocking=True)
-        loss = task.loss(outputs, target, self.setup.label)
+        loss = task.loss(outputs, target, part.label)
         value = loss.item()
         if not torch.isfinite(loss):
             raise TrainingError(
                 f"the loss became {value} at step {self.step + 1}, on samples {', '.join(batch.ids)}; "
-                f"look at them with 'mmdiff-cache inspect {self.setup.store.path}', "
+                f"look at them with 'mmdiff-cache inspect {part.store.path}', "
                 f"or lower learning_rate ({self.config.learning_rate:g})"
             )
         self.optimiser.zero_grad(set_to_none=True)
-        loss.backward()
+        (loss * self.balance.weight(task.name, value)).backward()
         self.optimiser.step()
         self.schedule.step()
         self.ema.update(self.model)
@@ -110,26 +127,47 @@ class Trainer:
         """Whether the held-out samples are to be scored after the step just made."""
         return self.step % max(1, self.steps // CHECKS) == 0 or self.finished
 
-    def predictors(self) -> dict[str, Predictor]:
+    def predictors(self, part: int) -> dict[str, Predictor]:
         """What is scored at a check: the averaged weights, at the end also the raw ones."""
+        task = self.setup.parts[part].task
         models = {EMA: self.ema.model, **({RAW: self.model} if self.finished else {})}
         return {
-            name: model_predictor(model.eval(), self.setup.task, self.config.precision)
+            name: model_predictor(for_task(model.eval(), task.name), task, self.config.precision)
             for name, model in models.items()
         }
 
-    def note_scores(self, scores: Mapping[str, Scores]) -> None:
+    def note_scores(self, scores: Scored) -> None:
         """Take down the held-out scores; keep the averaged weights if they are the best so far."""
         self.model.train()
-        value = scores[EMA].overall[self.headline]
-        logger.info("step %d: held-out %s %s", self.step, self.headline, value)
-        append_metrics(
-            self.folder,
-            {"step": self.step, "held_out": {name: result.overall for name, result in scores.items()}},
-        )
-        if value is not None and better(self.setup.task, value, self.best):
+        overall = {name: {task: one.overall for task, one in found.items()} for name, found in scores.items()}
+        single = next(iter(overall[EMA])) if len(self.setup.parts) == 1 else None
+        noted = overall if single is None else {name: found[single] for name, found in overall.items()}
+        append_metrics(self.folder, {"step": self.step, "held_out": noted})
+        value = self._worth(overall[EMA])
+        if value is not None and self._better(value):
             self.best = value
             checkpoint.save(self.folder / BEST, self.header(), {EMA: self.ema.model.state_dict()})
+
+    def _worth(self, overall: Mapping[str, Mapping[str, Any]]) -> float | None:
+        """What a check is judged by: the headline score; of several tasks the mean, with 1 - x for errors.
+
+        None where a task has none.
+        """
+        values: list[float] = []
+        for part in self.setup.parts:
+            name = headline(part.task, part.origin.dataset)
+            value = overall[part.task.name][name]
+            logger.info("step %d: held-out %s %s", self.step, name, value)
+            if value is None:
+                return None
+            values.append(value if len(self.setup.parts) == 1 or part.task.higher_is_better else 1 - value)
+        return sum(values) / len(values)
+
+    def _better(self, value: float) -> bool:
+        task = self.setup.parts[0].task
+        if len(self.setup.parts) > 1:
+            task = replace(task, higher_is_better=True)
+        return better(task, value, self.best)
 
     def save_if_due(self) -> None:
         """Write a checkpoint after each check, and where the last one is some minutes old."""
@@ -143,7 +181,7 @@ class Trainer:
             step=self.step,
             config=self.config.to_json(),
             spec=spec_to_json(self.model.spec),
-            store=self.setup.store_identity,
+            store=self.setup.identity,
             best=self.best,
         )
 
@@ -154,6 +192,7 @@ class Trainer:
             EMA: self.ema.model.state_dict(),
             OPTIMISER: checkpoint.pack_optimiser(self.optimiser),
             RNG: self.random.pack(),
+            **({BALANCE: self.balance.pack()} if len(self.setup.parts) > 1 else {}),
         }
         checkpoint.save(self.folder / LAST, self.header(), groups)
 
@@ -161,12 +200,7 @@ class Trainer:
         """Take up the last checkpoint. Raises CheckpointError if it was trained on other samples."""
         path = self.folder / LAST
         header = checkpoint.read_header(path)
-        for name, value in self.setup.store_identity.items():
-            if header.store.get(name) != value:
-                raise CheckpointError(
-                    f"{path} was trained on a store whose {name} is {header.store.get(name)}, that of "
-                    f"{self.setup.store.path} is {value}; train anew with another --run"
-                )
+        check_identity(self.setup, header.store, path)
         checkpoint.load_weights(self.model, path, RAW)
         checkpoint.load_weights(self.ema.model, path, EMA)
         self.ema.updates = self.step = header.step
@@ -178,5 +212,7 @@ class Trainer:
         ):
             group["lr"] = base * factor(self.step)
         cut_metrics(self.folder, self.step)
+        if len(self.setup.parts) > 1:
+            self.balance.unpack(checkpoint.read_group(path, BALANCE))
         self.random.unpack(checkpoint.read_group(path, RNG))
         logger.info("going on from step %d of %d", self.step, self.steps)

@@ -49,6 +49,7 @@ def part(config: TrainConfig, task: str) -> TrainConfig:
         concepts=config.concepts or VOCABULARY,
         mixing=None,
         loss_weights=None,
+        disjoint=False,
     )
 
 
