@@ -20,7 +20,7 @@ import mmdiff_cache as mm
 from mmdiff_cache.datasets.transforms import prepare
 from mmdiff_cache.extraction.run import load_extractor
 from mmdiff_cache.loader import CachedFeatureDataset
-from mmdiff_cache.training.build import build_model, set_up
+from mmdiff_cache.training.build import build_model, for_task, set_up
 from mmdiff_cache.training.resolve import resolve
 from mmdiff_cache.training.scoring import forward_batch
 
@@ -57,14 +57,15 @@ def measure(samples: int, rounds: int, folder: Path) -> dict[str, list[float]]:
         )
         for index in range(BATCH)
     ]
-    model = build_model(setup.spec).train()
+    [part] = setup.parts
+    model = for_task(build_model(setup.spec).train(), part.task.name)
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-4)
     cached = CachedFeatureDataset(store, "train", concepts="depth", labels=("depth",))
 
     def step() -> None:
         batch = cached.batch(range(BATCH))
         begun = time.perf_counter()
-        loss = setup.task.loss(forward_batch(model, batch), batch.targets["depth"], setup.label)
+        loss = part.task.loss(forward_batch(model, batch), batch.targets["depth"], part.label)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         optimiser.step()
