@@ -14,7 +14,7 @@ from mmdiff_cache.loader import Batch, make_loader
 from mmdiff_cache.records import Progress
 from mmdiff_cache.tasks import better, headline
 from mmdiff_cache.training import checkpoint
-from mmdiff_cache.training.build import Model, Setup, build_model, spec_to_json
+from mmdiff_cache.training.build import Model, Setup, build_model, fit_standardisation, spec_to_json
 from mmdiff_cache.training.checkpoint import BEST, EMA, LAST, OPTIMISER, RAW, RNG, Header
 from mmdiff_cache.training.ema import Ema
 from mmdiff_cache.training.folder import append_metrics, cut_metrics
@@ -38,7 +38,10 @@ class Trainer:
         self.setup, self.folder, self.config = setup, folder, setup.config
         self.steps, self.batch_size = filled(self.config.steps), filled(self.config.batch_size)
         self.device = torch.device(self.config.device)
-        self.model: Model = build_model(setup.spec).to(self.device).train()
+        self.model: Model = build_model(setup.spec)
+        if not (folder / LAST).exists():  # else the checkpoint has it
+            fit_standardisation(self.model, setup.samples)
+        self.model = self.model.to(self.device).train()
         self.ema: Ema[Model] = Ema(self.model, self.config.ema)
         self.optimiser: AdamW = make_optimizer(
             self.model,
