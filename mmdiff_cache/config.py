@@ -21,6 +21,9 @@ Fit = Literal["squash", "pad", "crop"]
 """How a picture becomes the square that the network takes; see fitting."""
 CaptureMode = Literal["trajectory", "renoise", "nearest"]
 Codec = Literal["zstd", "fast", "int8"]
+Source = Literal["hidden_states", "latents", "images", "discriminative"]
+"""What stage two takes for the features of a sample."""
+VariantUse = Literal["augment", "stack"]
 DecoderName = str
 """A name in models.mmdiff.DECODERS."""
 T = TypeVar("T")
@@ -302,6 +305,31 @@ class EmaConfig(Config):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ConceptMapsConfig(Config):
+    """How stored concept scores, or averaged cross-attention, become the maps beside the features."""
+
+    blocks: tuple[str, ...] | None = None
+    """Stored double blocks; by default those that the store's own maps average."""
+    timesteps: tuple[float, ...] | None = None
+    """By default those whose features are read."""
+    temperature: float = 1.0
+    """Scores are divided by it before the softmax; above 1 the maps are softer."""
+    reading: Literal["softmax_then_mean", "mean_then_softmax"] = "softmax_then_mean"
+    """Whether blocks and timesteps are averaged as shares (Paper: Sec. 3.2) or as scores."""
+    shuffled: bool = False
+    """A control: every sample gets the maps of another one."""
+
+    def __post_init__(self) -> None:
+        for name in ("blocks", "timesteps"):
+            values = getattr(self, name)
+            _require(values is None or len(values) > 0, f"concept_maps.{name} must not be empty")
+        _require(
+            0 < self.temperature < float("inf"),
+            f"concept_maps.temperature must be positive, got {self.temperature:g}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig(Config):
     """Stage two: which task, from which stores, which of the stored features, which decoder, how long."""
 
@@ -313,16 +341,32 @@ class TrainConfig(Config):
     """Folders; empty means the only store under data/ that has the labels."""
     run: str | None = None
     """Folder of the run; runs/<task>-<dataset>-<backbone>-<n> by default."""
-    source: Literal["hidden_states", "latents", "images"] = "hidden_states"
-    """Baselines: `latents` gives the heads the clean VAE latent instead of the transformer's features,
-    `images` trains a small U-Net on the pictures.
+    source: Source = "hidden_states"
+    """`discriminative` takes the features of the one encoder named there alone. Baselines: `latents` gives
+    the heads the clean VAE latent instead of the transformer's features, `images` trains a small U-Net on
+    the pictures.
     """
     layers: tuple[str, ...] | None = None
+    """Stored blocks; of the encoder where the source is `discriminative`."""
     timesteps: tuple[float, ...] | None = None
+    """A value that is given n times is read once and used n times."""
+    variants: tuple[int, ...] | None = None
+    """Stored variants (noise draw, mirrored or not) that training uses; by default all."""
+    variant_use: VariantUse = "augment"
+    """`augment`: one variant of a sample an epoch; evaluation takes the first that is not mirrored. `stack`:
+    the noise draws stand beside each other as timesteps, in evaluation too.
+    """
     concepts: str | None = None
-    """A stored vocabulary, or `none`; by default the task's own."""
+    """A stored vocabulary, `cross_attention` or `none`; by default the task's own vocabulary."""
+    concept_maps: ConceptMapsConfig = field(default_factory=ConceptMapsConfig)
     discriminative: tuple[str, ...] = ()
     """Stored discriminative features to concatenate."""
+    standardise: bool = False
+    """Shift and scale every channel of every timestep and layer to mean 0 and deviation 1, by the training
+    samples.
+    """
+    drop_channels: tuple[int, ...] = ()
+    """Channels of the features that are left out, counted from 0."""
     aggregator: AggregatorConfig = field(default_factory=AggregatorConfig)
     decoder: DecoderName | None = None
     decoder_width: int | None = None
@@ -343,7 +387,9 @@ class TrainConfig(Config):
     holdout: float = 0.1
     """Share of the training split that picks the best checkpoint and is never trained on."""
     limit: int | None = None
-    """The first N samples of the training split."""
+    """Samples of the training split, held-out ones among them: the first N of a permutation of it."""
+    subset_seed: int = 0
+    """Of that permutation, which also says what is held out."""
     seed: int = 0
     device: str = "auto"
     precision: Literal["float32", "bfloat16"] = "float32"
@@ -361,6 +407,12 @@ class TrainConfig(Config):
                 shares is None or (len(shares) == tasks and min(shares) > 0),
                 f"{name} needs a positive number for each of the {tasks} tasks, got {shares}",
             )
+        for name in ("timesteps", "layers", "variants"):
+            values = getattr(self, name)
+            _require(values is None or len(values) > 0, f"{name} must not be empty")
+        for channel in self.drop_channels:
+            _require(channel >= 0, f"drop_channels are counted from 0, got {channel}")
+        _require(self.subset_seed >= 0, f"subset_seed must not be negative, got {self.subset_seed}")
         for name in ("steps", "batch_size", "limit", "decoder_width", "balance_steps"):
             value = getattr(self, name)
             _require(value is None or value > 0, f"{name} must be positive, got {value}")

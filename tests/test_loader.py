@@ -259,9 +259,9 @@ class Counting(CachedFeatureDataset):
 
     asked = 0
 
-    def batch(self, positions, slots=None):  # type: ignore[no-untyped-def]
+    def batch(self, positions, slots=None, epoch=0):  # type: ignore[no-untyped-def]
         self.asked += 1
-        return super().batch(positions, slots)
+        return super().batch(positions, slots, epoch)
 
 
 def test_prefetching_is_bounded_and_stops_with_the_reader(learnable_store: Path) -> None:
@@ -291,9 +291,9 @@ def test_held_samples_are_not_read_again(tmp_path: Path) -> None:
 def test_memory_keeps_within_its_limit() -> None:
     memory = SampleMemory(limit=250)
     for sample in range(5):
-        memory.put(sample, {"features": np.full(100, sample, np.uint8)})
+        memory.put((sample, 0), {"features": np.full(100, sample, np.uint8)})
     assert memory.held_bytes == 200
-    assert [memory.get(sample) is not None for sample in range(5)] == [True, True, False, False, False]
+    assert [memory.get((sample, 0)) is not None for sample in range(5)] == [True, True, False, False, False]
 
 
 def test_failed_samples_are_left_out_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -306,7 +306,7 @@ def test_failed_samples_are_left_out_with_a_warning(tmp_path: Path, caplog: pyte
 
 def test_unfinished_samples_are_refused_by_name(tmp_path: Path) -> None:
     store = write_store(tmp_path / "store", train=8, test=1, stop_after=1)
-    with pytest.raises(StoreIncomplete, match=r"4 of 8 samples .* first 'blocks-train-000004'.*--limit"):
+    with pytest.raises(StoreIncomplete, match=r"4 of 8 samples .* first 'blocks-train-000004'.*it goes on"):
         CachedFeatureDataset(store)
     assert len(CachedFeatureDataset(store, indices=range(4))) == 4
 

@@ -38,6 +38,8 @@ class Shown:
     label: LabelSpec
     reader: SplitReader
     batch: Batch
+    concepts: tuple[str, ...]
+    """What the maps beside the features are of."""
     truths: tuple[NDArray[Any], ...]
     predictions: tuple[NDArray[Any], ...]
     scores: tuple[float | None, ...]
@@ -63,6 +65,7 @@ def show(run: Run, split: str, count: int) -> Shown:
         label=label,
         reader=reader,
         batch=batch,
+        concepts=dataset.concept_names,
         truths=tuple(truths),
         predictions=tuple(predictions),
         scores=tuple(score.get(task.headline) for score in scores),
@@ -88,7 +91,7 @@ def concept_sheet(one: Shown, title: str, note: str) -> Sheet | None:
     """A row a sample: the picture, then each concept's map over it; None for a run without concepts."""
     if one.batch.concepts is None:
         return None
-    words = one.reader.vocabularies[str(one.run.config.concepts)]
+    words = one.concepts
     rows = [
         [Tile(picture=image), *(Tile(picture=visualize.heat_over(image, heat)) for heat in maps.numpy())]
         for image, maps in zip(_images(one), one.batch.concepts, strict=True)

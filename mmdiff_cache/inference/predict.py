@@ -12,10 +12,13 @@ import os
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from numpy.typing import NDArray
+from torch import Tensor
 
 from mmdiff_cache.backbones.registry import describe
 from mmdiff_cache.config import ExtractConfig, filled
@@ -24,14 +27,13 @@ from mmdiff_cache.datasets.pictures import read_picture
 from mmdiff_cache.datasets.prompts import PromptRule, open_prompts
 from mmdiff_cache.datasets.registry import find_dataset
 from mmdiff_cache.datasets.transforms import prepare
-from mmdiff_cache.errors import BackboneError, DataError
+from mmdiff_cache.errors import BackboneError, ConfigError, DataError
 from mmdiff_cache.extraction.extractor import Extractor, failures
 from mmdiff_cache.extraction.run import check_encoders, load_extractor
 from mmdiff_cache.fitting import PAD, asked_size, from_network, to_network
 from mmdiff_cache.inference.output import Prediction, write_predictions
-from mmdiff_cache.loader import NO_CONCEPTS, Batch, picture_values, side_by_side
+from mmdiff_cache.loader import CROSS_ATTENTION, NO_CONCEPTS, Batch, make_guide, picture_values, side_by_side
 from mmdiff_cache.records import FeatureBatch, LabelSpec, PreparedSample, Progress, Sample
-from mmdiff_cache.store.concepts import concept_maps, map_blocks
 from mmdiff_cache.store.manifest import Manifest
 from mmdiff_cache.store.quantise import round_trip
 from mmdiff_cache.tasks import find_task
@@ -39,6 +41,7 @@ from mmdiff_cache.training.build import Model
 from mmdiff_cache.training.run import Run, device_of, kept_manifest, model_for_run, one_task
 from mmdiff_cache.training.scoring import predict_batch, select
 
+T = TypeVar("T", bound=np.generic)
 Picture = str | os.PathLike[str] | Sample
 """A file, or a sample in memory, which brings its id and perhaps its prompts."""
 
@@ -49,6 +52,11 @@ class TrainedModel:
     def __init__(self, run: Run, manifest: Manifest, model: Model) -> None:
         self.run = run
         self.config = run.config
+        if run.config.concept_maps.shuffled:
+            raise ConfigError(
+                f"{run.path} was trained with shuffled concept maps, a control that is only evaluated; "
+                "a new picture has no other's maps"
+            )
         self.task = find_task(run.config.task, run.config.label)
         self.manifest = manifest
         self.model = model
@@ -65,15 +73,15 @@ class TrainedModel:
         All stored timesteps go in one pass even where the run uses fewer, so that the numbers are the
         store's. Raises BackboneError where the weights are missing or are not those of the store.
         """
-        vocabulary = self.vocabulary
+        vocabulary, stored = self.vocabulary, self.manifest.schema.layers
         words = {} if vocabulary is None else {vocabulary: filled(self.extraction.concepts)[vocabulary]}
         config = dataclasses.replace(
             self.extraction,
-            layers=filled(self.config.layers),
+            layers=stored[:1] if self.config.source == "discriminative" else filled(self.config.layers),
             concepts=words,
             discriminative=self.encoders,
-            cross_attention=False,
-            draws=1,
+            cross_attention=self.config.concepts == CROSS_ATTENTION,
+            draws=1 + max(self.draws),
             flip=False,
             device=device_of(self.run),
         )
@@ -96,7 +104,15 @@ class TrainedModel:
     @property
     def vocabulary(self) -> str | None:
         """The concept list that guides the run, if any."""
-        return None if self.config.concepts in (None, NO_CONCEPTS) else self.config.concepts
+        return None if self.config.concepts in (None, NO_CONCEPTS, CROSS_ATTENTION) else self.config.concepts
+
+    @property
+    def draws(self) -> tuple[int, ...]:
+        """The noise draws that evaluation reads: all that are stacked, or the first that is not mirrored."""
+        variants = self.manifest.schema.variants
+        if self.config.variant_use == "stack":
+            return tuple(variants[number].noise_draw for number in filled(self.config.variants))
+        return tuple(variant.noise_draw for variant in variants if not variant.flipped)[:1]
 
     @property
     def encoders(self) -> tuple[str, ...]:
@@ -143,37 +159,50 @@ class TrainedModel:
     def _as_batch(self, features: FeatureBatch, samples: Sequence[PreparedSample]) -> Batch:
         """Features as the loader would hand them over."""
         count = len(samples)
-        steps = [self.extractor.timesteps.index(t) for t in filled(self.config.timesteps)]
-        concepts = None
-        if self.vocabulary is not None:
-            scores = features.concept_scores[self.vocabulary][:count, 0][:, steps]
-            concepts = torch.from_numpy(
-                concept_maps(scores, map_blocks(self.manifest.schema, self.vocabulary))
-            )
+        beside = () if self.config.source == "discriminative" else self.config.discriminative
         return Batch(
-            hidden_states=torch.from_numpy(self._inputs(features, samples, steps)),
-            concepts=concepts,
+            hidden_states=torch.from_numpy(self._inputs(features, samples)),
+            concepts=self._concepts(features, count),
             discriminative=tuple(
-                side_by_side(torch.from_numpy(features.discriminative[name][:count, 0]))
-                for name in self.config.discriminative
+                side_by_side(torch.from_numpy(features.discriminative[name][:count, 0])) for name in beside
             ),
             targets={},
             indices=torch.arange(count),
             ids=tuple(sample.sample_id for sample in samples),
         )
 
-    def _inputs(
-        self, features: FeatureBatch, samples: Sequence[PreparedSample], steps: Sequence[int]
-    ) -> NDArray[np.generic]:
+    def _concepts(self, features: FeatureBatch, count: int) -> Float[Tensor, "B K h w"] | None:
+        """The maps beside the features, read as the run's configuration says."""
+        name, timesteps = self.config.concepts, filled(self.config.timesteps)
+        if name in (None, NO_CONCEPTS):
+            return None
+        guide = make_guide(self.manifest.schema, name, self.config.concept_maps, timesteps, self.title)
+        attention = name == CROSS_ATTENTION
+        stored = filled(features.cross_attention) if attention else features.concept_scores[name]
+        return torch.from_numpy(guide.maps(self._joined(stored[:count], filled(guide.how.timesteps))))
+
+    def _joined(self, values: NDArray[T], timesteps: Sequence[float]) -> NDArray[T]:
+        """Of values [B V T ...] the draws that are read at these timesteps, one behind the other on T."""
+        steps = [self.extractor.timesteps.index(t) for t in timesteps]
+        chosen = values[:, list(self.draws)][:, :, steps]
+        return chosen.reshape(len(values), -1, *values.shape[3:])
+
+    def _inputs(self, features: FeatureBatch, samples: Sequence[PreparedSample]) -> NDArray[np.generic]:
         """What the run's source gives the model, [B T L h w C]."""
+        count = len(samples)
         if self.config.source == "hidden_states":
-            maps16 = features.hidden_states[: len(samples), 0][:, steps]
+            maps16 = self._joined(features.hidden_states[:count], filled(self.config.timesteps))
             return round_trip(maps16) if self.manifest.schema.codec == "int8" else maps16
+        layers = filled(self.config.layers)
+        if self.config.source == "discriminative":
+            (name,) = self.config.discriminative
+            stored = next(one.layers for one in self.manifest.schema.discriminative if one.name == name)
+            return features.discriminative[name][:count, :1, [stored.index(layer) for layer in layers]]
         if self.config.source == "latents":
-            maps: NDArray[np.generic] = features.latents[: len(samples)]
+            maps: NDArray[np.generic] = features.latents[:count]
         else:
             maps = picture_values(np.stack([sample.image for sample in samples]))
-        return np.repeat(maps[:, None, None], len(self.extractor.layers), axis=2)
+        return np.repeat(maps[:, None, None], len(layers), axis=2)
 
 
 def load_model(

@@ -20,6 +20,7 @@ from .aggregator import Aggregator, TokenAggregator, resolve_aggregator
 from .decoder import CHANNELS_PER_GROUP, Decoder, resize
 from .deeplabv3plus import DeepLabV3Plus
 from .dpt import DPT
+from .input_layer import InputLayer
 from .linear import Linear
 
 DECODER_STRIDE = 4
@@ -59,6 +60,15 @@ class ModelSpec(Config):
     """`depth` makes the output exp(decoder), in metres."""
     typical_depth: float = 1.0
     """Metres that an untrained depth model answers: the geometric mean of the training labels."""
+    standardise: bool = False
+    """Whether features are shifted and scaled by what the training samples showed."""
+    drop_channels: tuple[int, ...] = ()
+    """Channels of the features that nothing sees."""
+
+    @property
+    def kept_channels(self) -> int:
+        """Channels that the aggregators see."""
+        return self.channels - len(self.drop_channels)
 
 
 def resolve_model(spec: ModelSpec) -> ModelSpec:
@@ -74,10 +84,10 @@ def resolve_model(spec: ModelSpec) -> ModelSpec:
     config = resolve_aggregator(config)
     if config.width is None:
         raise ConfigError("aggregator.width is not given; --set aggregator.width=64, say")
-    if spec.source == "hidden_states" and config.width >= spec.channels:
+    if spec.source == "hidden_states" and config.width >= spec.kept_channels:
         raise ConfigError(
-            f"aggregator.width must be below the backbone's {spec.channels} channels (Sec. 3.1), "
-            f"got {config.width}; --set aggregator.width={max(spec.channels // 2, 1)}"
+            f"aggregator.width must be below the backbone's {spec.kept_channels} channels (Sec. 3.1), "
+            f"got {config.width}; --set aggregator.width={max(spec.kept_channels // 2, 1)}"
         )
     if len(spec.grid) != 2 or min(spec.grid) < 1:
         raise ConfigError(f"grid must be two positive numbers, rows and columns of tokens, got {spec.grid}")
@@ -106,6 +116,11 @@ class MMDiff(nn.Module):
     def __init__(self, spec: ModelSpec, aggregators: Sequence[Aggregator], decoder: Decoder) -> None:
         super().__init__()
         self.spec = spec
+        self.inputs = InputLayer(
+            channels=spec.channels,
+            drop=spec.drop_channels,
+            statistics=(spec.timesteps, spec.layers) if spec.standardise else None,
+        )
         self.aggregators = nn.ModuleList(aggregators)
         self.decoder = decoder
 
@@ -116,7 +131,7 @@ class MMDiff(nn.Module):
         assert spec.aggregator.width is not None
         aggregators = [
             AGGREGATORS[spec.aggregator.kind](
-                channels=spec.channels,
+                channels=spec.kept_channels,
                 timesteps=spec.timesteps,
                 width=spec.aggregator.width,
                 cleanest=spec.cleanest,
@@ -138,9 +153,8 @@ class MMDiff(nn.Module):
     ) -> Float[Tensor, "B out H W"]:
         """Logits, or depth in metres, in float32 at `size` = (H, W); by default grid times patch."""
         self._check_features(tuple(hidden_states.shape[1:]))
-        features = [
-            aggregate(x) for aggregate, x in zip(self.aggregators, hidden_states.unbind(dim=2), strict=True)
-        ]
+        layers = self.inputs(hidden_states).unbind(dim=2)
+        features = [aggregate(x) for aggregate, x in zip(self.aggregators, layers, strict=True)]
         rows, columns = self.spec.grid
         size = size or (rows * self.spec.patch, columns * self.spec.patch)
         output = self.decoder(features, self._guidance(concepts, discriminative), size)
@@ -149,7 +163,7 @@ class MMDiff(nn.Module):
     def aggregation_weights(self, hidden_states: Float[Tensor, "B T L h w C"]) -> Float[Tensor, "B T L h w"]:
         """What each timestep counts at each token, layer by layer; 1 in sum over T."""
         aggregators = cast(Sequence[TokenAggregator], self.aggregators)
-        layers = zip(aggregators, hidden_states.unbind(dim=2), strict=True)
+        layers = zip(aggregators, self.inputs(hidden_states).unbind(dim=2), strict=True)
         return torch.stack([aggregator.aggregate(x).weights for aggregator, x in layers], dim=2)
 
     def parameter_counts(self) -> Mapping[str, int]:

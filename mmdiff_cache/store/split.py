@@ -169,6 +169,14 @@ class SplitReader:
             raise ConfigError(f"layer {layer!r} is not in {self.path}; stored: {', '.join(self.layers)}")
         return self.layers.index(layer)
 
+    def variant_index(self, variant: int) -> int:
+        """The variant itself. Raises ConfigError when there are not as many."""
+        if not 0 <= variant < len(self.variants):
+            raise ConfigError(
+                f"variant {variant} is not in {self.path}; it has {len(self.variants)}, counted from 0"
+            )
+        return variant
+
     def read(self, sample: int, timestep: float, layer: str, variant: int = 0) -> NDArray[np.float16]:
         """One map, [h w C]. Touches one chunk."""
         return self.hidden_states([sample], [timestep], [layer], variant)[0, 0, 0]
@@ -178,11 +186,12 @@ class SplitReader:
         samples: Sequence[int],
         timesteps: Sequence[float] | None = None,
         layers: Sequence[str] | None = None,
-        variant: int = 0,
+        variant: int | Sequence[int] = 0,
         out: NDArray[np.float16] | None = None,
     ) -> NDArray[np.float16]:
         """Hidden states [B T L h w C] in the order asked for; None means all that are stored.
 
+        `variant` is one for all, or one a sample. A map that is asked for twice is read once.
         `out`, when given, is filled and returned. Raises StoreIncomplete for a sample that was not finished
         or has failed, DamageError where the files do not match their record, ConfigError for a name that is
         not stored.
@@ -190,15 +199,19 @@ class SplitReader:
         steps = self._steps(timesteps)
         blocks = range(len(self.layers)) if layers is None else [self.layer_index(layer) for layer in layers]
         self._evidence.require(samples)
-        variant = self._variant(variant)
+        variants = self._variants(variant, samples)
         shape = (len(samples), len(steps), len(blocks), *self._schema.grid, self.channels)
         out = _target(out, shape, np.dtype(np.float16))
-        rows = product(enumerate(samples), enumerate(steps), enumerate(blocks))
-        places = {(row, i, j): (n, variant, t, layer) for (row, n), (i, t), (j, layer) in rows}
+        rows = product(enumerate(zip(samples, variants, strict=True)), enumerate(steps), enumerate(blocks))
+        places = {(row, i, j): (n, v, t, layer) for (row, (n, v)), (i, t), (j, layer) in rows}
+        first = {stored: place for place, stored in reversed(places.items())}
+        fresh = {place: stored for stored, place in first.items()}
         if self.lossy:
-            self._restore(places, out)
+            self._restore(fresh, out)
         else:
-            self._arrays.fill("hidden_states", [(stored, out[place]) for place, stored in places.items()])
+            self._arrays.fill("hidden_states", [(stored, out[place]) for place, stored in fresh.items()])
+        for place in places.keys() - fresh.keys():
+            out[place] = out[first[places[place]]]
         return out
 
     def _restore(self, places: Mapping[tuple[int, ...], tuple[int, ...]], out: NDArray[np.float16]) -> None:
@@ -217,24 +230,23 @@ class SplitReader:
         vocabulary: str,
         samples: Sequence[int],
         timesteps: Sequence[float] | None = None,
-        variant: int = 0,
+        variant: int | Sequence[int] = 0,
     ) -> NDArray[np.float32]:
         """Raw products o_x . o_c, [B T block K h w] (Paper: Sec. 3.2)."""
         path = f"concepts/{self._vocabulary(vocabulary)}/scores"
         self._evidence.require(samples)
-        steps, variant = self._steps(timesteps), self._variant(variant)
-        out = np.empty((len(samples), len(steps), *self._specs[path].shape[3:]), np.float32)
-        pairs = product(enumerate(samples), enumerate(steps))
-        self._arrays.fill(path, [((n, variant, t), out[row, i]) for (row, n), (i, t) in pairs])
-        return out
+        return self._rows_of_steps(path, samples, timesteps, variant)
 
     def concept_maps(self, vocabulary: str, samples: Sequence[int], variant: int = 0) -> NDArray[np.float32]:
         """Shares of the concepts at every token, [B K h w]: mean over map_blocks and all stored timesteps."""
         path = f"concepts/{self._vocabulary(vocabulary)}/maps"
-        return self._arrays.rows(path, samples, self._variant(variant))
+        return self._arrays.rows(path, samples, self.variant_index(variant))
 
     def cross_attention(
-        self, samples: Sequence[int], timesteps: Sequence[float] | None = None, variant: int = 0
+        self,
+        samples: Sequence[int],
+        timesteps: Sequence[float] | None = None,
+        variant: int | Sequence[int] = 0,
     ) -> NDArray[np.float32]:
         """Attention of image to text of every stored block, [B T block h w] (Paper: Tab. 5).
 
@@ -243,24 +255,34 @@ class SplitReader:
         if CROSS_ATTENTION not in self._specs:
             raise ConfigError(f"{self.path} has no cross-attention maps; extract with --cross-attention")
         self._evidence.require(samples)
-        steps, variant = self._steps(timesteps), self._variant(variant)
-        out = np.empty((len(samples), len(steps), *self._specs[CROSS_ATTENTION].shape[3:]), np.float32)
-        pairs = product(enumerate(samples), enumerate(steps))
-        self._arrays.fill(CROSS_ATTENTION, [((n, variant, t), out[row, i]) for (row, n), (i, t) in pairs])
+        return self._rows_of_steps(CROSS_ATTENTION, samples, timesteps, variant)
+
+    def _rows_of_steps(
+        self,
+        path: str,
+        samples: Sequence[int],
+        timesteps: Sequence[float] | None,
+        variant: int | Sequence[int],
+    ) -> NDArray[np.float32]:
+        """Rows [B T ...] of an array whose chunk is one (sample, variant, timestep)."""
+        steps, variants = self._steps(timesteps), self._variants(variant, samples)
+        out = np.empty((len(samples), len(steps), *self._specs[path].shape[3:]), np.float32)
+        pairs = product(enumerate(zip(samples, variants, strict=True)), enumerate(steps))
+        self._arrays.fill(path, [((n, v, t), out[row, i]) for (row, (n, v)), (i, t) in pairs])
         return out
 
     def discriminative_features(
-        self, name: str, samples: Sequence[int], variant: int = 0
+        self, name: str, samples: Sequence[int], variant: int | Sequence[int] = 0
     ) -> NDArray[np.float16]:
         """Patch tokens of all stored blocks of an encoder, [B L h w D] (Paper: Sec. 3.3)."""
         if name not in self.discriminative:
             stored = ", ".join(self.discriminative) or "none"
             raise ConfigError(f"discriminative features {name!r} are not in {self.path}; stored: {stored}")
         self._evidence.require(samples)
-        path, variant = discriminative_path(name), self._variant(variant)
+        path, variants = discriminative_path(name), self._variants(variant, samples)
         out = np.empty((len(samples), *self._specs[path].shape[2:]), np.float16)
-        places = product(enumerate(samples), range(out.shape[1]))
-        self._arrays.fill(path, [((n, variant, layer), out[row, layer]) for (row, n), layer in places])
+        places = product(enumerate(zip(samples, variants, strict=True)), range(out.shape[1]))
+        self._arrays.fill(path, [((n, v, layer), out[row, layer]) for (row, (n, v)), layer in places])
         return out
 
     def latents(self, samples: Sequence[int]) -> NDArray[np.float32]:
@@ -312,12 +334,10 @@ class SplitReader:
             range(len(self.timesteps)) if timesteps is None else [self.timestep_index(t) for t in timesteps]
         )
 
-    def _variant(self, variant: int) -> int:
-        if not 0 <= variant < len(self.variants):
-            raise ConfigError(
-                f"variant {variant} is not in {self.path}; it has {len(self.variants)}, counted from 0"
-            )
-        return variant
+    def _variants(self, variant: int | Sequence[int], samples: Sequence[int]) -> list[int]:
+        """The variant of each sample."""
+        each = [variant] * len(samples) if isinstance(variant, int) else list(variant)
+        return [self.variant_index(one) for one in each]
 
     def _vocabulary(self, name: str) -> str:
         if name not in self.vocabularies:

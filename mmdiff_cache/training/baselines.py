@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mmdiff_cache.config import TrainConfig
+from mmdiff_cache.config import ConceptMapsConfig, TrainConfig
 from mmdiff_cache.errors import StoreError
 from mmdiff_cache.loader import NO_CONCEPTS, Batch, CachedFeatureDataset
 from mmdiff_cache.records import LabelKind, LabelSpec
@@ -226,9 +226,22 @@ TRAINED: tuple[TrainedBaseline, ...] = (
 
 
 def trained_config(baseline: TrainedBaseline, config: TrainConfig, run: Path) -> TrainConfig:
-    """A baseline's training beside a run: equal steps and batches, no concepts, a folder inside the run's."""
-    folder = run / "baselines" / baseline.source
-    return replace(baseline.changes(config), run=str(folder), concepts=NO_CONCEPTS, discriminative=())
+    """A baseline's training beside a run: equal steps and batches, no concepts, a folder inside the run's.
+
+    What chooses among features or treats them goes back to its default.
+    """
+    return replace(
+        baseline.changes(config),
+        run=str(run / "baselines" / baseline.source),
+        layers=None if config.source == "discriminative" else config.layers,
+        variants=None,
+        variant_use="augment",
+        concepts=NO_CONCEPTS,
+        concept_maps=ConceptMapsConfig(),
+        discriminative=(),
+        standardise=False,
+        drop_channels=(),
+    )
 
 
 def trained_for(config: TrainConfig) -> Mapping[str, TrainedBaseline]:

@@ -6,16 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from mmdiff_cache.config import TrainConfig, filled
 from mmdiff_cache.errors import CheckpointError, ConfigError
-from mmdiff_cache.loader import CachedFeatureDataset, sample_order
+from mmdiff_cache.loader import CachedFeatureDataset, Inputs
 from mmdiff_cache.models.mmdiff import MMDiff, ModelSpec, resolve_model
 from mmdiff_cache.models.unified import OneTask, Unified, UnifiedSpec
 from mmdiff_cache.records import LabelSpec
 from mmdiff_cache.store.manifest import hash_of_ids
 from mmdiff_cache.store.reader import Store, open_store
 from mmdiff_cache.tasks import Task, find_task, out_channels
+from mmdiff_cache.training.division import divide
 from mmdiff_cache.training.pixels import PIXELS_MULTIPLE, PixelSpec, PixelUNet
 from mmdiff_cache.training.resolve import (
     TRAIN_SPLIT,
@@ -23,7 +25,7 @@ from mmdiff_cache.training.resolve import (
     encoder_hashes,
     label_spec,
     origin,
-    training_samples,
+    source_channels,
 )
 from mmdiff_cache.training.unified import check_same_identity, parts, task_names
 
@@ -33,10 +35,10 @@ Model = MMDiff | PixelUNet | OneTask
 """What answers one task."""
 Spec = ModelSpec | PixelSpec | UnifiedSpec
 
-HOLDOUT_STREAM = 2**63
-"""Number of the random stream that draws the held-out samples; epochs count from 0 and never reach it."""
 DEPTH_SAMPLES = 256
 """Training labels, evenly spaced, that the typical depth is taken from."""
+STATISTICS_SAMPLES = 256
+"""Training samples, evenly spaced, whose features are measured for a standardisation."""
 
 _KINDS: Mapping[str, tuple[type[Any], Callable[[Any], Network]]] = {
     "mmdiff": (ModelSpec, MMDiff.from_spec),
@@ -155,13 +157,11 @@ def _part(config: TrainConfig, dealt: slice, memory: float) -> Part:
     task, store = find_task(config.task, config.label), open_store(config.stores[0])
     reader = store[TRAIN_SPLIT]
     label = label_spec(reader, task)
-    kept, held = split_samples(
-        training_samples(reader, config.limit, task.label), config.holdout, config.seed
-    )
-    kept, held = kept[dealt], held[dealt]
-    if not kept or (config.holdout and not held):
+    division = divide(config, reader, task.label)
+    trained, held = division.trained[dealt], division.held_out[dealt]
+    if not trained or (config.holdout and not held):
         raise ConfigError(
-            f"disjoint leaves task {task.name} no sample to {'hold out' if kept else 'train on'}; "
+            f"disjoint leaves task {task.name} no sample to {'hold out' if trained else 'train on'}; "
             "take more samples or another holdout"
         )
     share = memory * config.holdout
@@ -171,7 +171,7 @@ def _part(config: TrainConfig, dealt: slice, memory: float) -> Part:
         store=store,
         origin=origin(store),
         label=label,
-        samples=open_dataset(config, store, TRAIN_SPLIT, kept, share=memory - share),
+        samples=open_dataset(config, store, TRAIN_SPLIT, trained, share=memory - share, augment=True),
         held_out=open_dataset(config, store, TRAIN_SPLIT, held, share=share) if held else None,
     )
 
@@ -188,9 +188,18 @@ def _spec(tasks: Sequence[Part]) -> Spec:
 
 
 def open_dataset(
-    config: TrainConfig, store: Store, split: str, indices: tuple[int, ...] | None = None, share: float = 0.0
+    config: TrainConfig,
+    store: Store,
+    split: str,
+    indices: tuple[int, ...] | None = None,
+    share: float = 0.0,
+    *,
+    augment: bool = False,
 ) -> CachedFeatureDataset:
-    """The samples of a split as a resolved configuration reads them; `share` of its memory may keep them."""
+    """The samples of a split as a resolved configuration reads them; `share` of its memory may keep them.
+
+    `augment` reads them as training does, another stored variant in every epoch.
+    """
     return CachedFeatureDataset(
         store,
         split,
@@ -202,25 +211,11 @@ def open_dataset(
         discriminative=config.discriminative,
         indices=indices,
         memory=int(config.memory * share),
+        concept_maps=config.concept_maps,
+        variants=config.variants,
+        variant_use=config.variant_use,
+        augment_seed=config.seed if augment else None,
     )
-
-
-def split_samples(
-    samples: tuple[int, ...], holdout: float, seed: int
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Cut the samples into those trained on and those held out, by a seeded draw; both keep their order.
-
-    At least one sample is held out where a share is asked for. Raises ConfigError if none would be left.
-    """
-    count = max(1, round(holdout * len(samples))) if holdout else 0
-    if count >= len(samples):
-        raise ConfigError(
-            f"holding out {holdout:g} of {len(samples)} sample(s) leaves none to train on; "
-            "take more samples or --set holdout=0"
-        )
-    held = set(sample_order(len(samples), seed=seed, epoch=HOLDOUT_STREAM)[:count].tolist())
-    kept = tuple(sample for position, sample in enumerate(samples) if position not in held)
-    return kept, tuple(sample for position, sample in enumerate(samples) if position in held)
 
 
 def make_spec(config: TrainConfig, samples: CachedFeatureDataset, label: LabelSpec) -> ModelSpec | PixelSpec:
@@ -234,29 +229,58 @@ def make_spec(config: TrainConfig, samples: CachedFeatureDataset, label: LabelSp
                 f"{samples.store.path} has {schema.image_size}"
             )
         return PixelSpec(out_channels=out_channels(label), output=task.output, typical_depth=depth)
-    latents = config.source == "latents"
-    vocabularies, encoders = samples.reader.vocabularies, samples.reader.discriminative
+    inputs, encoders = samples.inputs, samples.reader.discriminative
+    grid = encoders[inputs.discriminative[0]].grid if inputs.source == "discriminative" else schema.grid
     return resolve_model(
         ModelSpec(
             decoder=filled(config.decoder),
             out_channels=out_channels(label),
-            layers=len(samples.layers),
-            channels=schema.latent_channels if latents else schema.channels,
-            timesteps=1 if latents else len(samples.timesteps),
-            cleanest=0 if latents else int(np.argmin(samples.timesteps)),
-            grid=schema.grid,
-            patch=schema.image_size[0] // schema.grid[0],
-            concepts=0 if samples.concepts is None else len(vocabularies[samples.concepts]),
+            layers=len(inputs.layers),
+            channels=source_channels(samples.store, inputs),
+            timesteps=len(inputs.maps),
+            cleanest=_cleanest(inputs),
+            grid=grid,
+            patch=schema.image_size[0] // grid[0],
+            concepts=len(samples.concept_names),
             discriminative=tuple(
-                len(encoders[name].layers) * encoders[name].channels for name in samples.discriminative
+                len(encoders[name].layers) * encoders[name].channels for name in inputs.beside
             ),
             aggregator=config.aggregator,
             decoder_width=config.decoder_width,
-            source="latents" if latents else "hidden_states",
+            source="latents" if inputs.source == "latents" else "hidden_states",
             output=task.output,
             typical_depth=depth,
+            standardise=config.standardise,
+            drop_channels=config.drop_channels,
         )
     )
+
+
+def _cleanest(inputs: Inputs) -> int:
+    """Index on the T axis of the smallest t, in the first draw; 0 where the source has no timesteps."""
+    return int(np.argmin([0.0 if timestep is None else timestep for _, timestep in inputs.maps]))
+
+
+def fit_standardisation(network: Network, samples: Sequence[CachedFeatureDataset]) -> None:
+    """Measure the mean and deviation of every (timestep, layer, channel) that a network standardises by.
+
+    Over at most `STATISTICS_SAMPLES` training samples of each data set, evenly spaced, as evaluation reads
+    them; sums are float64. A network without a standardisation is left as it is.
+    """
+    model = network.trunk if isinstance(network, Unified) else network
+    if not isinstance(model, MMDiff) or not model.spec.standardise:
+        return
+    total = square = torch.zeros((), dtype=torch.float64)
+    count = 0
+    for dataset in samples:
+        for position in range(0, len(dataset), -(-len(dataset) // STATISTICS_SAMPLES)):
+            features = dataset.plain([position]).hidden_states[0]
+            maps = [features[t].double() for t in range(len(features))]  # one timestep: a sample is large
+            total = total + torch.stack([one.sum(dim=(1, 2)) for one in maps])
+            square = square + torch.stack([one.square().sum(dim=(1, 2)) for one in maps])
+            count += model.spec.grid[0] * model.spec.grid[1]
+    mean = total / count
+    model.inputs.set(mean, (square / count - mean.square()).clamp(min=0).sqrt())
 
 
 def typical_depth(samples: CachedFeatureDataset, label: LabelSpec) -> float:

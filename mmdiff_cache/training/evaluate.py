@@ -14,10 +14,11 @@ from mmdiff_cache.store.reader import Store
 from mmdiff_cache.tasks import Task, find_task, headline
 from mmdiff_cache.training import checkpoint
 from mmdiff_cache.training.baselines import Fitting, baselines_for, trained_config, trained_for
-from mmdiff_cache.training.build import open_dataset, split_samples
+from mmdiff_cache.training.build import open_dataset
 from mmdiff_cache.training.checkpoint import EMA, LAST, RAW
+from mmdiff_cache.training.division import divide
 from mmdiff_cache.training.report import Evaluation
-from mmdiff_cache.training.resolve import TRAIN_SPLIT, training_samples
+from mmdiff_cache.training.resolve import TRAIN_SPLIT
 from mmdiff_cache.training.run import Run, device_of, load_run, model_for_run, one_task, store_of, train
 from mmdiff_cache.training.scoring import Predictor, Scores, model_predictor, score
 
@@ -95,13 +96,12 @@ def evaluate(
 def _fitting(run: Run, store: Store, dataset: CachedFeatureDataset) -> Fitting:
     """What the label-free baselines may look at: the labels that the run was trained on."""
     task = find_task(run.config.task, run.config.label)
-    samples = training_samples(store[TRAIN_SPLIT], run.config.limit, task.label)
-    kept, _ = split_samples(samples, run.config.holdout, run.config.seed)
+    trained = divide(run.config, store[TRAIN_SPLIT], task.label).trained
     return Fitting(
         task=task,
         label=dataset.reader.label_specs[task.label],
         data_set=run.origin["dataset"],
-        training=open_dataset(run.config, store, TRAIN_SPLIT, kept),
+        training=open_dataset(run.config, store, TRAIN_SPLIT, trained),
         reader=dataset.reader,
     )
 

@@ -4,30 +4,27 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 
 from mmdiff_cache.config import AggregatorConfig, TrainConfig, data_folder, filled
 from mmdiff_cache.errors import ConfigError
-from mmdiff_cache.loader import NO_CONCEPTS, usable_samples
+from mmdiff_cache.loader import CROSS_ATTENTION, NO_CONCEPTS, Inputs, settle
+from mmdiff_cache.loader.inputs import WITHOUT_TRANSFORMER
 from mmdiff_cache.models.aggregator import resolve_aggregator
 from mmdiff_cache.models.mmdiff import default_decoder_width
 from mmdiff_cache.records import LabelSpec
 from mmdiff_cache.store.reader import SplitReader, Store, open_store
 from mmdiff_cache.store.summary import find_stores
 from mmdiff_cache.tasks import Task, find_task
+from mmdiff_cache.training.division import samples_of_the_split
 from mmdiff_cache.training.unified import parts
-
-T = TypeVar("T")
 
 TRAIN_SPLIT = "train"
 SMALLEST_WIDTH = 64
 HEADS = 8
-SHARED = ("layers", "timesteps", "concepts", "discriminative", "aggregator", "decoder_width")
+SHARED = ("layers", "timesteps", "variants", "concepts", "discriminative", "aggregator", "decoder_width")
 """What the tasks of a unified run read and train together."""
-WITHOUT_TRANSFORMER = ("latents", "images")
-"""Sources that use nothing of the transformer, so that no concept maps go with them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,17 +91,22 @@ def _resolve_part(config: TrainConfig) -> TrainConfig:
     reader = store[TRAIN_SPLIT]
     label_spec(reader, task)
     batch_size = config.batch_size or task.batch_size
-    width = config.aggregator.width or default_width(reader.channels)
+    inputs = _inputs(config, task, store)
+    channels = source_channels(store, inputs)
+    _check_channels(config, channels)
+    of_encoder = config.source == "discriminative"
+    width = config.aggregator.width or default_width(channels if of_encoder else reader.channels)
     return replace(
         config,
         stores=(str(store.path.absolute()),),
         run=None if config.run is None else str(Path(config.run).expanduser().absolute()),
-        layers=_in_stored_order(reader.layers, map(reader.layer_index, config.layers or reader.layers)),
-        timesteps=_in_stored_order(
-            reader.timesteps, map(reader.timestep_index, config.timesteps or reader.timesteps)
-        ),
-        concepts=_concepts(config, task, reader),
-        discriminative=_discriminative(config, reader),
+        layers=inputs.layers,
+        timesteps=inputs.timesteps,
+        variants=inputs.variants,
+        concepts=inputs.guides[0].name if inputs.guides else NO_CONCEPTS,
+        concept_maps=inputs.guides[0].how if inputs.guides else config.concept_maps,
+        discriminative=inputs.discriminative,
+        drop_channels=tuple(sorted(set(config.drop_channels))),
         aggregator=_aggregator(config, width),
         decoder=config.decoder or task.decoder,
         decoder_width=config.decoder_width or default_decoder_width(width),
@@ -173,31 +175,42 @@ def pick_device(name: str) -> str:
     return name
 
 
-def training_samples(reader: SplitReader, limit: int | None, label: str) -> tuple[int, ...]:
-    """Positions of the training samples that may be used: of the first `limit` those with features and label.
+def _inputs(config: TrainConfig, task: Task, store: Store) -> Inputs:
+    """Layers, timesteps and variants in stored order, and what the task and the store fill in.
 
-    Raises StoreIncomplete naming the first sample among them that was never finished.
+    The same choice gives the same model, in whatever order it was typed.
     """
-    wanted = range(min(len(reader), limit or len(reader)))
-    return usable_samples(reader, wanted, (label,))
-
-
-def _in_stored_order(stored: tuple[T, ...], chosen: Iterable[int]) -> tuple[T, ...]:
-    """The same choice gives the same model, in whatever order it was typed."""
-    return tuple(stored[position] for position in sorted(set(chosen)))
+    reader = store[TRAIN_SPLIT]
+    steps = sorted(map(reader.timestep_index, config.timesteps or reader.timesteps))
+    inputs = settle(
+        reader,
+        store.manifest.schema,
+        source=config.source,
+        layers=config.layers,
+        timesteps=[reader.timesteps[step] for step in steps],
+        variants=config.variants,
+        variant_use=config.variant_use,
+        concepts=_concepts(config, task, reader),
+        concept_maps=config.concept_maps,
+        discriminative=config.discriminative,
+    )
+    encoders = reader.discriminative
+    of_encoder = config.source == "discriminative"
+    stored = encoders[inputs.discriminative[0]].layers if of_encoder else reader.layers
+    return replace(
+        inputs,
+        layers=tuple(layer for layer in stored if layer in inputs.layers),
+        variants=tuple(sorted(inputs.variants)),
+        discriminative=tuple(name for name in encoders if name in inputs.discriminative),
+    )
 
 
 def _concepts(config: TrainConfig, task: Task, reader: SplitReader) -> str:
     """The vocabulary: the one asked for, or the task's own; none for sources without transformer."""
-    if config.source in WITHOUT_TRANSFORMER:
-        if config.concepts not in (None, NO_CONCEPTS):
-            raise ConfigError(
-                f"source {config.source!r} uses nothing of the transformer, so concepts must be none, "
-                f"got {config.concepts!r}"
-            )
+    if config.concepts is None and config.source in WITHOUT_TRANSFORMER:
         return NO_CONCEPTS
     name = config.concepts or task.vocabulary
-    if name != NO_CONCEPTS and name not in reader.vocabularies:
+    if name not in (NO_CONCEPTS, CROSS_ATTENTION, *reader.vocabularies):
         stored = ", ".join(reader.vocabularies) or "none"
         raise ConfigError(
             f"concept vocabulary {name!r} is not in {reader.path}; stored: {stored}; "
@@ -206,18 +219,24 @@ def _concepts(config: TrainConfig, task: Task, reader: SplitReader) -> str:
     return name
 
 
-def _discriminative(config: TrainConfig, reader: SplitReader) -> tuple[str, ...]:
-    """The encoders in stored order. Raises ConfigError for one that is not stored, and where none is used."""
-    stored = tuple(reader.discriminative)
-    for name in config.discriminative:
-        if name not in stored:
-            raise ConfigError(
-                f"discriminative features {name!r} are not in {reader.path}; stored: "
-                f"{', '.join(stored) or 'none'}"
-            )
-    if config.discriminative and config.source == "images":
-        raise ConfigError("source 'images' uses the pictures alone, so discriminative must be empty")
-    return _in_stored_order(stored, map(stored.index, config.discriminative))
+def source_channels(store: Store, inputs: Inputs) -> int:
+    """Channels of what the source gives the model; 3 of a picture."""
+    schema = store.manifest.schema
+    if inputs.source == "discriminative":
+        return store[TRAIN_SPLIT].discriminative[inputs.discriminative[0]].channels
+    return {"hidden_states": schema.channels, "latents": schema.latent_channels, "images": 3}[inputs.source]
+
+
+def _check_channels(config: TrainConfig, channels: int) -> None:
+    """Raise ConfigError for channels to drop that the source has not, and where none are told apart."""
+    if config.source == "images" and (config.standardise or config.drop_channels):
+        raise ConfigError("source 'images' takes pictures as they are: leave out standardise, drop_channels")
+    beyond = [channel for channel in config.drop_channels if channel >= channels]
+    if beyond:
+        raise ConfigError(
+            f"drop_channels must lie between 0 and {channels - 1}, the channels of {config.source}, "
+            f"got {beyond[0]}"
+        )
 
 
 def _aggregator(config: TrainConfig, width: int) -> AggregatorConfig:
@@ -228,6 +247,6 @@ def _aggregator(config: TrainConfig, width: int) -> AggregatorConfig:
 
 
 def _steps(config: TrainConfig, task: Task, reader: SplitReader, batch_size: int) -> int:
-    """The task's epochs over the samples that are trained on."""
-    samples = len(training_samples(reader, config.limit, task.label))
+    """The task's epochs over the whole split, whatever the limit: sizes compare at equal steps (App. A)."""
+    samples = samples_of_the_split(reader, task.label)
     return max(1, math.ceil(task.epochs * samples * (1 - config.holdout) / batch_size))

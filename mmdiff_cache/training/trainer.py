@@ -22,6 +22,7 @@ from mmdiff_cache.training.build import (
     Setup,
     build_model,
     check_identity,
+    fit_standardisation,
     for_task,
     spec_to_json,
 )
@@ -58,7 +59,10 @@ class Trainer:
         self.device = torch.device(self.config.device)
         self.random = RandomState(self.config.seed)
         with self.random:
-            self.model: Network = build_model(setup.spec).to(self.device).train()
+            self.model: Network = build_model(setup.spec)
+        if not (folder / LAST).exists():  # else the checkpoint has it
+            fit_standardisation(self.model, [part.samples for part in setup.parts])
+        self.model = self.model.to(self.device).train()
         self.ema: Ema[Network] = Ema(self.model, self.config.ema)
         self.optimiser: AdamW = make_optimizer(
             self.model,

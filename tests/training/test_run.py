@@ -15,10 +15,9 @@ import torch
 
 import mmdiff_cache.tasks
 from mmdiff_cache.config import EmaConfig, TrainConfig
-from mmdiff_cache.errors import CheckpointError, ConfigError, StoreIncomplete, TrainingError
+from mmdiff_cache.errors import CheckpointError, ConfigError, TrainingError
 from mmdiff_cache.tasks import TASKS
 from mmdiff_cache.training import checkpoint
-from mmdiff_cache.training.build import split_samples
 from mmdiff_cache.training.folder import locked, new_folder, read_metrics
 from mmdiff_cache.training.resolve import resolve
 from mmdiff_cache.training.run import Run, load_run, model_for_run, train
@@ -214,19 +213,6 @@ def test_features_at_the_edge_of_float16_do_not_break_a_training(tmp_path: Path)
     assert all(torch.isfinite(tensor).all() for tensor in tensors(run).values())
 
 
-def test_the_holdout_is_seeded_disjoint_and_never_trained_on() -> None:
-    samples = tuple(range(10, 50))
-    kept, held = split_samples(samples, 0.1, seed=0)
-    assert len(held) == 4
-    assert sorted(kept + held) == list(samples)
-    assert split_samples(samples, 0.1, seed=0) == (kept, held)
-    assert split_samples(samples, 0.1, seed=1)[1] != held
-    assert split_samples(samples, 0.0, seed=0) == (samples, ())
-    assert len(split_samples((3, 4), 0.01, seed=0)[1]) == 1
-    with pytest.raises(ConfigError, match="leaves none to train on"):
-        split_samples((3,), 0.1, seed=0)
-
-
 def test_best_is_the_checkpoint_with_the_best_held_out_score(trained: Callable[[str], Run]) -> None:
     run = trained("depth")
     curve = {
@@ -282,15 +268,6 @@ def test_a_task_is_one_entry(learnable_store: Path, tmp_path: Path, monkeypatch:
     run = train(small_config(learnable_store, tmp_path / "run", task="surfaces", steps=2))
     assert run.config.concepts == "depth"
     assert run.scores["ema"]["miou"] >= 0
-
-
-def test_limit_takes_the_first_samples(learnable_store: Path, tmp_path: Path) -> None:
-    config = resolve(small_config(learnable_store, tmp_path / "run", limit=5, steps=None))
-    assert config.steps == 23  # 20 epochs of 4.5 samples, 4 at a time
-    unfinished = write_store(tmp_path / "store", train=8, test=1, stop_after=1)
-    with pytest.raises(StoreIncomplete, match="--limit"):
-        train(small_config(unfinished, tmp_path / "a", steps=1))
-    assert train(small_config(unfinished, tmp_path / "b", steps=1, limit=4)).finished
 
 
 def test_choices_are_put_in_stored_order(learnable_store: Path) -> None:
