@@ -331,9 +331,19 @@ class TrainConfig(Config):
     decoder_rate: float = 0.5
     """The decoder's learning rate as a share of `learning_rate` (Paper: Sec. 3.4)."""
     weight_decay: float = 0.01
+    clip: float | None = None
+    """Longest gradient, by its norm over all parameters; a longer one is scaled down to it."""
+    accumulate: int = 1
+    """Parts in which a step's samples are computed one after the other; the gradient is that of the whole."""
     ema: EmaConfig = field(default_factory=EmaConfig)
     holdout: float = 0.1
     """Share of the training split that picks the best checkpoint and is never trained on."""
+    checks: int = 10
+    """Times in a training that the held-out samples are scored and a checkpoint is written."""
+    patience: int | None = None
+    """Checks without a better held-out score after which a training stops; by default it never does. The
+    learning rate follows the full length all the same.
+    """
     limit: int | None = None
     """The first N samples of the training split."""
     seed: int = 0
@@ -345,8 +355,19 @@ class TrainConfig(Config):
     def __post_init__(self) -> None:
         for t in self.timesteps or ():
             _require(0.0 <= t <= 1.0, f"timesteps lie in [0, 1] (1 = pure noise), got {t:g}")
-        for name in ("steps", "batch_size", "limit", "decoder_width"):
+        for name in (
+            "steps", "batch_size", "limit", "decoder_width", "clip", "accumulate", "checks", "patience",
+        ):  # fmt: skip
             value = getattr(self, name)
             _require(value is None or value > 0, f"{name} must be positive, got {value}")
         _require(0.0 <= self.holdout < 1.0, f"holdout must lie in [0, 1), got {self.holdout:g}")
+        _require(
+            self.patience is None or self.holdout > 0,
+            f"patience needs held-out samples to watch, got holdout=0; --set holdout=0.1, "
+            f"or leave out patience={self.patience}",
+        )
+        _require(
+            self.batch_size is None or self.accumulate <= self.batch_size,
+            f"accumulate must be at most batch_size ({self.batch_size}), got {self.accumulate}",
+        )
         _require(self.learning_rate > 0, f"learning_rate must be positive, got {self.learning_rate:g}")

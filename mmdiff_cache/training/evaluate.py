@@ -85,6 +85,7 @@ def evaluate(
         baselines={**baselines, **_trained_scores(run, opened, split, task)},
         per_sample=found[weights].samples,
         protocol=_protocol(dataset, task, split),
+        ending=run.ending,
     )
     _keep(run, result)
     return result

@@ -11,7 +11,7 @@ from pathlib import Path
 from mmdiff_cache.loader import CachedFeatureDataset, make_loader
 from mmdiff_cache.records import Progress
 from mmdiff_cache.tasks import Task
-from mmdiff_cache.training.scoring import score
+from mmdiff_cache.training.scoring import Scores, score
 from mmdiff_cache.training.trainer import Trainer
 
 Failures = dict[Path, Exception]
@@ -77,19 +77,24 @@ def _check(due: Sequence[Trainer], held_out: CachedFeatureDataset, failures: Fai
     for task in dict.fromkeys(trainer.setup.task for trainer in due):
         group = [trainer for trainer in due if trainer.setup.task == task]
         try:
-            _score(group, task, held_out)
+            found = _score(group, task, held_out)
         except Exception:  # one's predictions cannot be scored: the others' can
-            _each(group, lambda trainer: _score([trainer], task, held_out), failures)  # noqa: B023
+            found = {}
+            _each(group, lambda trainer: found.update(_score([trainer], task, held_out)), failures)  # noqa: B023
+        _each(group, lambda trainer: trainer.note_scores(found[trainer.folder]), failures)  # noqa: B023
 
 
-def _score(trainers: Sequence[Trainer], task: Task, held_out: CachedFeatureDataset) -> None:
+def _score(
+    trainers: Sequence[Trainer], task: Task, held_out: CachedFeatureDataset
+) -> dict[Path, dict[str, Scores]]:
+    """Each training's scores by weights, from one pass over the held-out samples."""
+    predictors = {trainer.folder: trainer.predictors() for trainer in trainers}
     found = score(
-        {(t.folder, weights): predict for t in trainers for weights, predict in t.predictors().items()},
+        {(folder, name): predict for folder, named in predictors.items() for name, predict in named.items()},
         held_out,
         task,
         data_set=trainers[0].setup.origin.dataset,
         original=False,
         batch_size=trainers[0].batch_size,
     )
-    for trainer in trainers:
-        trainer.note_scores({weights: found[trainer.folder, weights] for weights in trainer.predictors()})
+    return {folder: {name: found[folder, name] for name in named} for folder, named in predictors.items()}

@@ -5,7 +5,6 @@ threads, whether or not the training was interrupted and continued.
 """
 
 import shlex
-import shutil
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
@@ -18,19 +17,20 @@ import torch
 from mmdiff_cache.config import TrainConfig, filled
 from mmdiff_cache.errors import CheckpointError, ConfigError, StoreError
 from mmdiff_cache.records import Progress
-from mmdiff_cache.store.files import storage_errors
 from mmdiff_cache.store.manifest import MANIFEST, Manifest, read_manifest
 from mmdiff_cache.store.reader import Store, open_store
 from mmdiff_cache.tasks import find_task, headline
 from mmdiff_cache.training import checkpoint
 from mmdiff_cache.training.build import Model, Setup, build_model, set_up, spec_from_json
 from mmdiff_cache.training.checkpoint import BEST, EMA, LAST, RAW
+from mmdiff_cache.training.environment import environment
 from mmdiff_cache.training.folder import (
     CONFIG,
     ENVIRONMENT,
     LOG,
+    PICTURES,
     STORE,
-    environment,
+    clear_start,
     locked,
     logging_to,
     new_folder,
@@ -40,7 +40,7 @@ from mmdiff_cache.training.folder import (
 from mmdiff_cache.training.loop import Reading, run_loop
 from mmdiff_cache.training.random_state import own_random_state
 from mmdiff_cache.training.resolve import encoder_hashes, pick_device, resolve
-from mmdiff_cache.training.trainer import Trainer
+from mmdiff_cache.training.trainer import Trainer, has_waited, waited_for
 
 FREE_TO_DIFFER = ("run", "stores", "device", "memory")
 """Fields that say where a training runs, not what it computes."""
@@ -60,26 +60,48 @@ class Run:
     step: int
     """Steps that the last checkpoint has done."""
     scores: Mapping[str, Mapping[str, Any]] = field(default_factory=dict[str, Mapping[str, Any]])
-    """Last scores on the held-out samples, by weights: `ema`, and `raw` once it has finished."""
+    """Last scores on the held-out samples, by weights: `ema` and `raw`."""
+    checks_since_best: int = 0
+    """Checks of the held-out samples since the best one."""
 
     @property
     def finished(self) -> bool:
-        """Whether all steps are done."""
-        return self.step >= filled(self.config.steps)
+        """Whether all steps are done, or it has stopped early."""
+        return self.step >= filled(self.config.steps) or self.stopped_early
+
+    @property
+    def stopped_early(self) -> bool:
+        """Whether it ended because the held-out score got no better (`patience`)."""
+        return self.step < filled(self.config.steps) and has_waited(
+            self.config.patience, self.checks_since_best
+        )
+
+    @property
+    def headline(self) -> str:
+        """The score that it is judged by."""
+        return headline(find_task(self.config.task, self.config.label), self.origin["dataset"])
+
+    @property
+    def ending(self) -> str:
+        """How far it came and why it went no further, in words."""
+        if self.stopped_early:
+            return f"stopped early at step {self.step}: {waited_for(self.checks_since_best, self.headline)}"
+        return "finished" if self.finished else f"stopped at step {self.step}"
 
     def __str__(self) -> str:
-        state = "finished" if self.finished else f"stopped at step {self.step}"
         lines = [
             f"{self.path}",
             f"  {self.config.task} on {self.origin['dataset']}, features of {self.origin['backbone']}, "
-            f"{filled(self.config.steps)} steps of {self.config.batch_size}, {state}",
+            f"{filled(self.config.steps)} steps of {self.config.batch_size}, {self.ending}",
         ]
-        name = headline(find_task(self.config.task, self.config.label), self.origin["dataset"])
+        name = self.headline
         for weights, scores in self.scores.items():
             value = scores.get(name)
             lines.append(
                 f"  held-out {name}, {weights} weights: {'none' if value is None else f'{value:.4f}'}"
             )
+        if (self.path / PICTURES).is_dir():
+            lines.append(f"  pictures {self.path / PICTURES}")
         return "\n".join(lines)
 
 
@@ -102,6 +124,7 @@ def load_run(path: "Run | str | Path") -> Run:
         origin=header.store,
         step=header.step,
         scores=held_out[-1] if held_out else {},
+        checks_since_best=header.checks_since_best,
     )
 
 
@@ -161,8 +184,7 @@ def store_of(run: Run, path: str | Path | None = None) -> Store:
 
 def _keep_manifest(store: Store, folder: Path) -> None:
     """Copy what a store says about itself, so that the run can be applied when the store is gone."""
-    with storage_errors(folder):
-        shutil.copyfile(store.path / MANIFEST, folder / STORE)
+    checkpoint.write_bytes(folder / STORE, (store.path / MANIFEST).read_bytes())
 
 
 def kept_manifest(run: Run) -> Manifest:
@@ -206,11 +228,15 @@ def opened(setup: Setup, folder: Path) -> Generator[Trainer]:
         if (folder / LAST).exists():
             trainer.go_on()
         else:
+            clear_start(folder)
             checkpoint.write_json(folder / CONFIG, setup.config.to_json())
             checkpoint.write_json(folder / ENVIRONMENT, environment(setup.config.device))
             _keep_manifest(setup.store, folder)
         trainer.begin()
-        yield trainer
+        try:
+            yield trainer
+        finally:
+            trainer.end()
 
 
 @contextmanager

@@ -1,0 +1,87 @@
+"""What a training sees of itself: the first held-out samples at every check, as one picture a check."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Final
+
+from numpy.typing import NDArray
+
+from mmdiff_cache.loader import Batch
+from mmdiff_cache.tasks import Task
+from mmdiff_cache.training.build import Setup
+from mmdiff_cache.training.folder import PICTURES
+from mmdiff_cache.training.scoring import Predictor, Scores
+from mmdiff_cache.visuals.colours import legend_entries
+from mmdiff_cache.visuals.panels import Sheet, Tile, draw_sheet, truth_and_guess
+
+logger = logging.getLogger(__name__)
+
+SHOWN: Final = 4
+"""Samples in a picture."""
+QUALITY: Final = 90
+
+
+class Album:
+    """Keeps what is predicted for the first held-out samples while they are scored, and draws it.
+
+    No features are read for it: the held-out samples pass by at every check.
+    """
+
+    def __init__(self, setup: Setup, run: Path) -> None:
+        self._setup, self._folder = setup, run / PICTURES
+        self._indices = () if setup.held_out is None else setup.held_out.indices[:SHOWN]
+        self._seen: dict[int, tuple[str, NDArray[Any], NDArray[Any]]] = {}
+        """By position in the split: the sample's id, truth and prediction at network size."""
+
+    def watching(self, predict: Predictor) -> Predictor:
+        """The same predictor, with a look at what it says of the samples to be shown."""
+
+        def watched(batch: Batch, sizes: Sequence[tuple[int, int]]) -> Sequence[NDArray[Any]]:
+            guesses = predict(batch, sizes)
+            truths = batch.targets[self._setup.task.label].numpy()
+            for row, index in enumerate(batch.indices.tolist()):
+                if index in self._indices:
+                    self._seen[index] = (batch.ids[row], truths[row].copy(), guesses[row])
+            return guesses
+
+        return watched
+
+    def draw(self, step: int, scores: Scores) -> None:
+        """Write the picture of a check. A disk that refuses costs the picture, not the training."""
+        if not self._seen:
+            return
+        name = self._folder / f"step-{step:06d}.jpg"
+        sheet = self._sheet(step, scores)
+        self._seen = {}
+        try:
+            self._folder.mkdir(exist_ok=True)
+            draw_sheet(sheet).save(name, quality=QUALITY, subsampling=0)
+        except OSError as error:
+            logger.warning("no picture of step %d: %s", step, error)
+            with suppress(OSError):
+                name.unlink(missing_ok=True)
+
+    def _sheet(self, step: int, scores: Scores) -> Sheet:
+        task, label = self._setup.task, self._setup.label
+        images = self._setup.samples.reader.images(sorted(self._seen))
+        rows: list[Sequence[Tile]] = []
+        for image, index in zip(images, sorted(self._seen), strict=True):
+            sample_id, truth, guess = self._seen[index]
+            truth_tile, guess_tile = truth_and_guess(
+                label, truth, guess, image, _caption(task, scores.samples.get(sample_id, {}))
+            )
+            rows.append([Tile(picture=image, caption=sample_id), guess_tile, truth_tile])
+        return Sheet(
+            title=f"{task.name}, step {step}",
+            note="The first held-out samples, averaged weights, at network size.",
+            rows=rows,
+            columns=["picture", "prediction", "truth"],
+            legend=legend_entries(label.classes),
+        )
+
+
+def _caption(task: Task, scores: Mapping[str, float]) -> str:
+    value = scores.get(task.headline)
+    return "nothing to score" if value is None else f"{task.headline} {value:.3f}"
