@@ -21,7 +21,7 @@ from mmdiff_cache.store.manifest import MANIFEST, Manifest, read_manifest
 from mmdiff_cache.store.reader import Store, open_store
 from mmdiff_cache.tasks import find_task, headline
 from mmdiff_cache.training import checkpoint
-from mmdiff_cache.training.build import Model, Setup, build_model, set_up, spec_from_json
+from mmdiff_cache.training.build import Model, Setup, build_model, spec_from_json
 from mmdiff_cache.training.checkpoint import BEST, EMA, LAST, RAW
 from mmdiff_cache.training.environment import environment
 from mmdiff_cache.training.folder import (
@@ -38,8 +38,9 @@ from mmdiff_cache.training.folder import (
     read_metrics,
 )
 from mmdiff_cache.training.loop import Reading, run_loop
+from mmdiff_cache.training.plan import TrainingPlan, plan
 from mmdiff_cache.training.random_state import own_random_state
-from mmdiff_cache.training.resolve import encoder_hashes, pick_device, resolve
+from mmdiff_cache.training.resolve import encoder_hashes, pick_device
 from mmdiff_cache.training.trainer import Trainer, has_waited, waited_for
 
 FREE_TO_DIFFER = ("run", "stores", "device", "memory")
@@ -195,15 +196,19 @@ def kept_manifest(run: Run) -> Manifest:
         raise CheckpointError(f"{run.path} is not complete: {error}") from error
 
 
-def train(config: TrainConfig, progress: Progress | None = None) -> Run:
+def train(config: TrainConfig | TrainingPlan, progress: Progress | None = None) -> Run:
     """Train, or go on with the training in `config.run` if it was interrupted; safe to run again.
+
+    A plan (`plan.plan`) is trained as it was printed.
 
     `progress` is called with steps done, all steps, and the loss and speed. Ends with checkpoints and
     held-out scores in the run folder. Raises ConfigError for a choice that cannot be, CheckpointError for a
     run that does not fit the configuration or the store, StoreError for a store that cannot be read,
-    TrainingError for a loss that is no number. An interruption carries, as its note, the line that goes on.
+    TrainingError for a loss or gradient that is no number, DataError for a label that is none, StorageError
+    for a disk that refuses: the last checkpoint stays, and the same call goes on from it. An interruption
+    carries, as its note, the line that goes on.
     """
-    setup = set_up(resolve(config))
+    setup = (config if isinstance(config, TrainingPlan) else plan(config)).setup
     with opened(setup, _claim(setup)) as trainer, flushing_denormals():
         samples, held_out = trainer.setup.samples, trainer.setup.held_out
         reading = Reading(

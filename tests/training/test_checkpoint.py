@@ -61,7 +61,7 @@ def test_a_crash_before_the_rename_leaves_the_old_checkpoint(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "replace", refuse)
-    with pytest.raises(StorageError, match="no space left .* last complete one is unchanged"):
+    with pytest.raises(StorageError, match=r"no space left .* last complete one is unchanged"):
         written(path, network(5))
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == [path.name], "what is half written takes no room"
