@@ -9,7 +9,7 @@ from typing import Any, Final
 from numpy.typing import NDArray
 
 from mmdiff_cache.loader import Batch
-from mmdiff_cache.tasks import Task
+from mmdiff_cache.tasks import Task, check_target
 from mmdiff_cache.training.build import Setup
 from mmdiff_cache.training.folder import PICTURES
 from mmdiff_cache.training.scoring import Predictor, Scores
@@ -36,11 +36,15 @@ class Album:
         """By position in the split: the sample's id, truth and prediction at network size."""
 
     def watching(self, predict: Predictor) -> Predictor:
-        """The same predictor, with a look at what it says of the samples to be shown."""
+        """The same predictor, with a look at what it says of the samples to be shown.
+
+        Raises DataError, naming the sample, for an id that the label set does not have.
+        """
 
         def watched(batch: Batch, sizes: Sequence[tuple[int, int]]) -> Sequence[NDArray[Any]]:
-            guesses = predict(batch, sizes)
-            truths = batch.targets[self._setup.task.label].numpy()
+            target = batch.targets[self._setup.task.label]
+            check_target(target, self._setup.label, batch.ids)
+            guesses, truths = predict(batch, sizes), target.numpy()
             for row, index in enumerate(batch.indices.tolist()):
                 if index in self._indices:
                     self._seen[index] = (batch.ids[row], truths[row].copy(), guesses[row])

@@ -1,4 +1,4 @@
-"""One step: a batch in parts has the gradient of the whole, long gradients are cut, what is no number stops."""
+"""One step: a batch in parts has the gradient of the whole, a long one is cut, what is no number stops."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,7 +16,7 @@ from mmdiff_cache.loader import Batch
 from mmdiff_cache.records import LabelSpec, PreparedSample
 from mmdiff_cache.tasks import TASKS
 from mmdiff_cache.training import checkpoint
-from mmdiff_cache.training.build import Model, Setup, build_model, set_up
+from mmdiff_cache.training.build import Model, Setup, build_model, set_up, split_samples
 from mmdiff_cache.training.folder import read_metrics
 from mmdiff_cache.training.resolve import resolve
 from mmdiff_cache.training.run import load_run, train
@@ -56,7 +56,7 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("task", ["segmentation", "saliency", "depth"])
-@pytest.mark.parametrize("parts", [2, 3, 7, 50])
+@pytest.mark.parametrize("parts", [3, 50])
 def test_a_batch_in_parts_has_the_gradient_of_the_whole(void_store: Path, task: str, parts: int) -> None:
     setup, model, batch = prepared(void_store, task=task)
     whole = compute_gradient(model, batch, setup.task, setup.label)
@@ -177,11 +177,12 @@ def wrongly_labelled(sample_id: str) -> PreparedSample:
 )
 def test_an_id_that_is_none_stops_by_name(tmp_path: Path, task: str, known: str) -> None:
     store = write_store(tmp_path / "s", train=4, test=1, sample=wrongly_labelled)
-    for held_out in (0.0, 0.5):  # trained on, or among those that are scored
-        config = small_config(store, tmp_path / f"{held_out}", task=task, holdout=held_out, batch_size=2)
+    scored = next(seed for seed in range(99) if split_samples((0, 1, 2, 3), 0.25, seed)[1] == (3,))
+    for changes in ({"holdout": 0.0}, {"holdout": 0.25, "seed": scored}):
+        config = small_config(store, tmp_path / f"{changes}", task=task, batch_size=2, **changes)
         with pytest.raises(DataError, match=known) as caught:
             train(config)
-        assert "'blocks-train-000003'" in str(caught.value)
+        assert "blocks-train-000003" in str(caught.value)
         assert "\n" not in str(caught.value)
 
 
