@@ -383,9 +383,19 @@ class TrainConfig(Config):
     loss_weights: tuple[float, ...] | None = None
     """Of several tasks: what each loss counts; by default 1 / its mean over its first `balance_steps`."""
     balance_steps: int = 50
+    clip: float | None = None
+    """Longest gradient, by its norm over all parameters; a longer one is scaled down to it."""
+    accumulate: int = 1
+    """Parts in which a step's samples are computed one after the other; the gradient is that of the whole."""
     ema: EmaConfig = field(default_factory=EmaConfig)
     holdout: float = 0.1
     """Share of the training split that picks the best checkpoint and is never trained on."""
+    checks: int = 10
+    """Times in a training that the held-out samples are scored and a checkpoint is written."""
+    patience: int | None = None
+    """Checks without a better held-out score after which a training stops; by default it never does. The
+    learning rate follows the full length all the same.
+    """
     limit: int | None = None
     """Samples of the training split, held-out ones among them: the first N of a permutation of it."""
     subset_seed: int = 0
@@ -413,8 +423,20 @@ class TrainConfig(Config):
         for channel in self.drop_channels:
             _require(channel >= 0, f"drop_channels are counted from 0, got {channel}")
         _require(self.subset_seed >= 0, f"subset_seed must not be negative, got {self.subset_seed}")
-        for name in ("steps", "batch_size", "limit", "decoder_width", "balance_steps"):
+        for name in (
+            "steps", "batch_size", "limit", "decoder_width", "clip", "accumulate", "checks", "patience",
+            "balance_steps",
+        ):  # fmt: skip
             value = getattr(self, name)
             _require(value is None or value > 0, f"{name} must be positive, got {value}")
         _require(0.0 <= self.holdout < 1.0, f"holdout must lie in [0, 1), got {self.holdout:g}")
+        _require(
+            self.patience is None or self.holdout > 0,
+            f"patience needs held-out samples to watch, got holdout=0; --set holdout=0.1, "
+            f"or leave out patience={self.patience}",
+        )
+        _require(
+            self.batch_size is None or self.accumulate <= self.batch_size,
+            f"accumulate must be at most batch_size ({self.batch_size}), got {self.accumulate}",
+        )
         _require(self.learning_rate > 0, f"learning_rate must be positive, got {self.learning_rate:g}")

@@ -24,12 +24,12 @@ from mmdiff_cache.extraction.plan import plan
 from mmdiff_cache.extraction.run import extract
 from mmdiff_cache.inference.gallery import concept_sheet, prediction_sheet, show, timestep_sheet
 from mmdiff_cache.inference.page import Figure, Page, Row, write_page
-from mmdiff_cache.inference.panels import Sheet, draw_sheet, save_png
 from mmdiff_cache.inference.predict import predict
 from mmdiff_cache.records import Progress
 from mmdiff_cache.scenes import render_scene
 from mmdiff_cache.training.evaluate import Evaluation, evaluate
 from mmdiff_cache.training.run import Run, train
+from mmdiff_cache.visuals.panels import Sheet, draw_sheet, save_png
 
 TASKS: Final = ("segmentation", "saliency", "depth")
 SPLITS: Final = ("train", "test")

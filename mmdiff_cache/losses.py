@@ -2,6 +2,10 @@
 
 A batch without a single known pixel gives 0 with a zero gradient, so that training goes on.
 The paper names no losses; these are the usual ones of its decoders (docs/paper-notes.md).
+
+`whole` is for a batch that is computed in parts: the targets of all of it. Each sum, over pixels or over
+pictures, is then divided by what `whole` has to count, so that the losses of the parts add up to that of the
+batch, however unevenly unknown pixels lie among them.
 """
 
 import torch
@@ -22,15 +26,22 @@ IOU_SMOOTHING = 1.0
 
 
 def cross_entropy(
-    logits: Float[Tensor, "B out H W"], target: Int[Tensor, "B H W"], ignore: int = IGNORE
+    logits: Float[Tensor, "B out H W"],
+    target: Int[Tensor, "B H W"],
+    ignore: int = IGNORE,
+    whole: Int[Tensor, "_ H W"] | None = None,
 ) -> Float[Tensor, ""]:
     """Mean cross-entropy over the pixels whose class is known."""
     total = functional.cross_entropy(logits.float(), target.long(), ignore_index=ignore, reduction="sum")
-    return total / (target != ignore).sum().clamp(min=1)
+    counted = target if whole is None else whole
+    return total / (counted != ignore).sum().clamp(min=1)
 
 
 def scale_invariant_log(
-    depth: Float[Tensor, "B 1 H W"], target: Float[Tensor, "B H W"], valid_range: tuple[float, float]
+    depth: Float[Tensor, "B 1 H W"],
+    target: Float[Tensor, "B H W"],
+    valid_range: tuple[float, float],
+    whole: Float[Tensor, "_ H W"] | None = None,
 ) -> Float[Tensor, ""]:
     """sqrt(mean(g^2) - lambda * mean(g)^2) for each picture, then the mean; g = log(depth) - log(target).
 
@@ -45,11 +56,15 @@ def scale_invariant_log(
     count = valid.sum(dim=(1, 2)).clamp(min=1)
     mean, mean_square = gap.sum(dim=(1, 2)) / count, gap.square().sum(dim=(1, 2)) / count
     errors = (mean_square - SCALE_INVARIANCE * mean.square() + ROOT_FLOOR).sqrt()
-    return _mean_of(errors, valid.any(dim=2).any(dim=1))
+    everything = valid if whole is None else (whole > low) & (whole < high)
+    return _share_of_mean(errors, valid, everything)
 
 
 def bce_soft_iou(
-    logits: Float[Tensor, "B 1 H W"], mask: Int[Tensor, "B H W"], ignore: int = IGNORE
+    logits: Float[Tensor, "B 1 H W"],
+    mask: Int[Tensor, "B H W"],
+    ignore: int = IGNORE,
+    whole: Int[Tensor, "_ H W"] | None = None,
 ) -> Float[Tensor, ""]:
     """Binary cross-entropy over known pixels, plus the mean over pictures of 1 - soft IoU.
 
@@ -57,16 +72,23 @@ def bce_soft_iou(
     """
     scores = logits.float().squeeze(1)
     known = mask != ignore
+    everything = known if whole is None else whole != ignore
     truth = torch.where(known, mask, 0).float()
     cross = functional.binary_cross_entropy_with_logits(scores, truth, reduction="none")
-    cross = torch.where(known, cross, 0.0).sum() / known.sum().clamp(min=1)
+    cross = torch.where(known, cross, 0.0).sum() / everything.sum().clamp(min=1)
     shown = torch.where(known, scores.sigmoid(), 0.0)
     overlap = (shown * truth).sum(dim=(1, 2))
     union = (shown + truth).sum(dim=(1, 2)) - overlap
     gaps = 1.0 - (overlap + IOU_SMOOTHING) / (union + IOU_SMOOTHING)
-    return cross + _mean_of(gaps, known.any(dim=2).any(dim=1))
+    return cross + _share_of_mean(gaps, known, everything)
 
 
-def _mean_of(values: Float[Tensor, " B"], counted: Bool[Tensor, " B"]) -> Float[Tensor, ""]:
-    """The mean over the pictures that count; 0, still attached to the graph, if none does."""
-    return torch.where(counted, values, 0.0).sum() / counted.sum().clamp(min=1)
+def _share_of_mean(
+    values: Float[Tensor, " B"], known: Bool[Tensor, "B H W"], whole: Bool[Tensor, "_ H W"]
+) -> Float[Tensor, ""]:
+    """What these pictures add to the mean over those of `whole` with a known pixel.
+
+    0, still attached to the graph, if none has one.
+    """
+    total = torch.where(known.any(dim=2).any(dim=1), values, 0.0).sum()
+    return total / whole.any(dim=2).any(dim=1).sum().clamp(min=1)

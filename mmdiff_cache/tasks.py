@@ -3,7 +3,7 @@
 A new task is one more entry in TASKS (and a store whose labels it names).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mmdiff_cache import losses
 from mmdiff_cache.config import DecoderName
-from mmdiff_cache.errors import ConfigError
+from mmdiff_cache.errors import ConfigError, DataError
 from mmdiff_cache.metrics import DepthMetric, Metric, SaliencyMetric, SegmentationMetric
 from mmdiff_cache.records import LabelKind, LabelSpec
 from mmdiff_cache.scenes import SHAPES, TEXTURES
@@ -44,8 +44,10 @@ class Task:
     vocabulary: str
     """Concept vocabulary that guides it by default."""
     decoder: DecoderName
-    loss: Callable[[Tensor, Tensor, LabelSpec], Tensor]
-    """Of outputs [B out H W] and targets [B H W]."""
+    loss: Callable[..., Tensor]
+    """Of outputs [B out H W], targets [B H W] and their LabelSpec. A batch in parts (`accumulate`) gives the
+    targets of the whole of it as `whole`; the parts' losses must then add up to that of the batch.
+    """
     predict: Callable[[Tensor], NDArray[Any]]
     """One picture's outputs [out H W] to what the metric scores: class ids, probabilities or metres [H W]."""
     metric: Callable[[LabelSpec, str], Metric]
@@ -81,6 +83,25 @@ def better(task: Task, score: float, than: float | None) -> bool:
     return than is None or (score > than if task.higher_is_better else score < than)
 
 
+def check_target(target: Tensor, spec: LabelSpec, ids: Sequence[str]) -> None:
+    """Raise DataError, naming the sample, for a class id that a label set does not have.
+
+    A loss would fail on it without a word on where it is: by an index error, or on a GPU for good.
+    """
+    if spec.kind == "depth":
+        return
+    count = out_channels(spec) if spec.kind == "classes" else 2
+    wrong = ((target < 0) | (target >= count)) & (target != _ignore(spec))
+    if wrong.any():
+        sample = int(wrong.flatten(1).any(dim=1).nonzero()[0])
+        known = f"0 to {count - 1}" + ("" if spec.ignore is None else f" and {spec.ignore} (not counted)")
+        raise DataError(
+            f"label set {spec.name!r} of sample {ids[sample]} has the id "
+            f"{int(target[sample][wrong[sample]][0])}, but its ids are {known}; mend the label and extract "
+            "again, or 'mmdiff-cache labels add' a mended set"
+        )
+
+
 def _ignore(spec: LabelSpec) -> int:
     return NOTHING_IGNORED if spec.ignore is None else spec.ignore
 
@@ -94,8 +115,10 @@ def _valid_range(spec: LabelSpec) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def _class_loss(outputs: Float[Tensor, "B out H W"], target: Tensor, spec: LabelSpec) -> Tensor:
-    return losses.cross_entropy(outputs, target, ignore=_ignore(spec))
+def _class_loss(
+    outputs: Float[Tensor, "B out H W"], target: Tensor, spec: LabelSpec, whole: Tensor | None = None
+) -> Tensor:
+    return losses.cross_entropy(outputs, target, _ignore(spec), whole)
 
 
 def _class_map(outputs: Float[Tensor, "out H W"]) -> NDArray[np.int64]:
@@ -107,8 +130,10 @@ def _class_metric(spec: LabelSpec, dataset: str) -> Metric:
     return SegmentationMetric(spec.classes, ignore=spec.ignore, subsets=dict([subset]) if subset else None)
 
 
-def _mask_loss(outputs: Float[Tensor, "B 1 H W"], target: Tensor, spec: LabelSpec) -> Tensor:
-    return losses.bce_soft_iou(outputs, target, ignore=_ignore(spec))
+def _mask_loss(
+    outputs: Float[Tensor, "B 1 H W"], target: Tensor, spec: LabelSpec, whole: Tensor | None = None
+) -> Tensor:
+    return losses.bce_soft_iou(outputs, target, _ignore(spec), whole)
 
 
 def _probability(outputs: Float[Tensor, "1 H W"]) -> NDArray[np.float32]:
@@ -119,8 +144,10 @@ def _mask_metric(spec: LabelSpec, dataset: str) -> Metric:
     return SaliencyMetric(ignore=spec.ignore)
 
 
-def _depth_loss(outputs: Float[Tensor, "B 1 H W"], target: Tensor, spec: LabelSpec) -> Tensor:
-    return losses.scale_invariant_log(outputs, target, _valid_range(spec))
+def _depth_loss(
+    outputs: Float[Tensor, "B 1 H W"], target: Tensor, spec: LabelSpec, whole: Tensor | None = None
+) -> Tensor:
+    return losses.scale_invariant_log(outputs, target, _valid_range(spec), whole)
 
 
 def _metres(outputs: Float[Tensor, "1 H W"]) -> NDArray[np.float32]:

@@ -206,8 +206,6 @@ def train(
     set_: Assignments = None,
 ) -> None:
     """Stage two: train an aggregator and a head from a store alone; the backbone is never loaded."""
-    import mmdiff_cache as mm
-
     if task is None and config is None:
         raise ConfigError("train needs --task segmentation, saliency or depth (or --config FILE)")
     flags = {
@@ -223,9 +221,13 @@ def train(
         "limit": limit,
         "seed": seed,
     }
-    chosen = compose(TrainConfig, "train", config, flags, set_ or [])
+    import mmdiff_cache as mm
+    from mmdiff_cache.training.plan import plan
+
+    planned = plan(compose(TrainConfig, "train", config, flags, set_ or []))
+    say(f"{planned}\n")
     with progress_bar("train") as advance:
-        trained = mm.train(chosen, progress=advance)
+        trained = mm.train(planned, progress=advance)
     say(str(trained))
     several = ["--task", trained.tasks[0]] if len(trained.tasks) > 1 else []
     next_command("mmdiff-cache", "evaluate", str(trained.path), *several)

@@ -13,9 +13,6 @@ import torch
 from numpy.typing import NDArray
 
 from mmdiff_cache.config import filled
-from mmdiff_cache.inference import visualize
-from mmdiff_cache.inference.output import colour
-from mmdiff_cache.inference.panels import Sheet, Tile
 from mmdiff_cache.loader import Batch
 from mmdiff_cache.models.mmdiff import MMDiff
 from mmdiff_cache.records import LabelSpec
@@ -24,6 +21,8 @@ from mmdiff_cache.tasks import Task, find_task
 from mmdiff_cache.training.build import Model, open_dataset
 from mmdiff_cache.training.run import Run, model_for_run
 from mmdiff_cache.training.scoring import predict_batch
+from mmdiff_cache.visuals import colours
+from mmdiff_cache.visuals.panels import Sheet, Tile, truth_and_guess
 
 SCORE_NAMES: Final = {"miou": "mIoU", "s_measure": "S-measure", "abs_rel": "AbsRel"}
 
@@ -84,7 +83,7 @@ def prediction_sheet(shown: Sequence[Shown], title: str, note: str) -> Sheet:
     ]
     columns = ["input", *(name for one in shown for name in (f"{one.task.name}, true", "predicted"))]
     named = next((one.label.classes for one in shown if one.label.classes), ())
-    return Sheet(title=title, note=note, rows=rows, columns=columns, legend=visualize.legend_entries(named))
+    return Sheet(title=title, note=note, rows=rows, columns=columns, legend=colours.legend_entries(named))
 
 
 def concept_sheet(one: Shown, title: str, note: str) -> Sheet | None:
@@ -93,7 +92,7 @@ def concept_sheet(one: Shown, title: str, note: str) -> Sheet | None:
         return None
     words = one.concepts
     rows = [
-        [Tile(picture=image), *(Tile(picture=visualize.heat_over(image, heat)) for heat in maps.numpy())]
+        [Tile(picture=image), *(Tile(picture=colours.heat_over(image, heat)) for heat in maps.numpy())]
         for image, maps in zip(_images(one), one.batch.concepts, strict=True)
     ]
     return Sheet(title=title, note=note, rows=rows, columns=["input", *words])
@@ -119,23 +118,17 @@ def timestep_sheet(one: Shown, title: str, note: str) -> Sheet | None:
 
 
 def _weight_tile(weights: NDArray[np.float32]) -> Tile:
-    return Tile(picture=visualize.ramp(weights.astype(np.float64)), caption=f"mean {weights.mean():.2f}")
+    return Tile(picture=colours.ramp(weights.astype(np.float64)), caption=f"mean {weights.mean():.2f}")
 
 
-def _truth_and_guess(one: Shown, number: int, image: NDArray[np.uint8]) -> list[Tile]:
-    """The label and the prediction of one sample, on one colour scale."""
-    truth, guess, score = one.truths[number], one.predictions[number], one.scores[number]
-    span = visualize.depth_range(truth) if one.label.kind == "depth" else None
+def _truth_and_guess(one: Shown, number: int, image: NDArray[np.uint8]) -> tuple[Tile, Tile]:
+    score = one.scores[number]
     caption = (
         "nothing to score"
         if score is None
         else f"{SCORE_NAMES.get(one.task.headline, one.task.headline)} {score:.3f}"
     )
-    unit = "" if span is None else f"{span[0]:.1f} to {span[1]:.1f} m"
-    return [
-        Tile(picture=colour(one.label, truth, image, span), caption=unit),
-        Tile(picture=colour(one.label, guess, image, span), caption=caption),
-    ]
+    return truth_and_guess(one.label, one.truths[number], one.predictions[number], image, caption)
 
 
 def _images(one: Shown) -> NDArray[np.uint8]:

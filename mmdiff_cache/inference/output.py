@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from mmdiff_cache.inference import visualize
 from mmdiff_cache.inference.page import Figure, Page, Row, write_page
 from mmdiff_cache.records import LabelSpec
+from mmdiff_cache.visuals.colours import label_to_colour, legend_entries
 
 PAGE = "index.html"
 PREVIEW_SIDE: Final = 1024
@@ -39,8 +39,8 @@ class Prediction:
     """What was written: colour picture and raw array."""
 
     def picture(self) -> NDArray[np.uint8]:
-        """The prediction in colour, [H W 3]: see inference.visualize for what the colours mean."""
-        return colour(self.label, self.array, self.image)
+        """The prediction in colour, [H W 3]: see visuals.colours for what the colours mean."""
+        return label_to_colour(self.label, self.array, self.image)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the prediction in colour as a PNG file."""
@@ -52,18 +52,6 @@ class Prediction:
     def __str__(self) -> str:
         written = "".join(f"\n  {file}" for file in self.files)
         return f"{self.sample_id}: {summary(self.label, self.array)}{written}"
-
-
-def colour(
-    label: LabelSpec, array: NDArray[Any], image: NDArray[np.uint8], span: tuple[float, float] | None = None
-) -> NDArray[np.uint8]:
-    """A prediction or a label map in colour; `span` = (near, far) in metres fixes the scale of depth."""
-    if label.kind == "classes":
-        return visualize.classes_to_colour(array, len(label.classes), label.ignore)
-    if label.kind == "mask":
-        known = array if label.ignore is None else np.where(array == label.ignore, 0, array)
-        return visualize.salience_to_colour(known.astype(np.float64), image)
-    return visualize.depth_to_colour(array, *(span or visualize.depth_range(array)))
 
 
 def summary(label: LabelSpec, array: NDArray[Any]) -> str:
@@ -101,7 +89,7 @@ def write_predictions(
             file=picture, caption=f"{prediction.task}: {summary(prediction.label, prediction.array)}"
         )
         rows.append(Row(heading=prediction.sample_id, figures=(source, result)))
-    legend = visualize.legend_entries(predictions[0].label.classes) if predictions else ()
+    legend = legend_entries(predictions[0].label.classes) if predictions else ()
     write_page(Page(title=title, note=note, rows=rows, legend=legend), folder / PAGE)
     return written
 

@@ -6,9 +6,12 @@ samples. The header carries the step, the resolved configuration, the model's sp
 store.
 """
 
+import errno
 import json
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mmdiff_cache.errors import CheckpointError, StorageError
+from mmdiff_cache.errors import CheckpointError, StorageError, StorageRefused
 
 FORMAT_VERSION = 1
 LAST, BEST = "last.safetensors", "best.safetensors"
@@ -40,6 +43,8 @@ class Header:
     """Identity of the store that it was trained on: `fingerprint`, `data_set`, `backbone`."""
     best: float | None = None
     """Best headline score on the held-out samples up to this step."""
+    checks_since_best: int = 0
+    """Checks since then without a better one: what early stopping counts."""
 
 
 Groups = Mapping[str, Mapping[str, Tensor]]
@@ -57,16 +62,8 @@ def save(path: Path, header: Header, groups: Groups) -> None:
     }
     values = {"format_version": FORMAT_VERSION, **{name: getattr(header, name) for name in Header.__slots__}}
     metadata = {"mmdiff_cache": json.dumps(values, sort_keys=True)}
-    partial = path.with_name(f".{path.name}.partial")
-    try:
+    with _written_aside(path, f"checkpoint {path}", "; the last complete one is unchanged") as partial:
         save_file(tensors, partial, metadata)
-        sync(partial)
-        os.replace(partial, path)
-        sync(path.parent)
-    except (OSError, SafetensorError) as error:
-        raise StorageError(
-            f"cannot write checkpoint {path}: {error}; the last complete one is unchanged"
-        ) from error
 
 
 def sync(path: Path) -> None:
@@ -80,13 +77,49 @@ def sync(path: Path) -> None:
 
 def write_json(path: Path, values: Any) -> None:
     """Write a JSON document atomically. Raises StorageError when the file system refuses."""
-    partial = path.with_name(f".{path.name}.partial")
+    write_bytes(path, (json.dumps(values, indent=2, sort_keys=False) + "\n").encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file atomically. Raises StorageError when the file system refuses."""
+    with _written_aside(path, str(path)) as partial:
+        partial.write_bytes(content)
+
+
+@contextmanager
+def _written_aside(path: Path, what: str, kept: str = "") -> Generator[Path]:
+    """A name beside a file, whose content takes the file's place, durably, once it is complete."""
+    partial = path.with_name(partial_name(path.name))
     try:
-        partial.write_text(json.dumps(values, indent=2, sort_keys=False) + "\n", encoding="utf-8")
+        yield partial
         sync(partial)
         os.replace(partial, path)
-    except OSError as error:
-        raise StorageError(f"cannot write {path}: {error.strerror or error}") from error
+        sync(path.parent)
+    except (OSError, SafetensorError) as error:
+        with suppress(OSError):  # room for others
+            partial.unlink(missing_ok=True)
+        raise refusal(what, error, kept) from error
+
+
+def partial_name(name: str) -> str:
+    """What a file is called while it is being written."""
+    return f".{name}.partial"
+
+
+def refusal(what: str, error: Exception, kept: str = "") -> StorageError:
+    """The one line for a file system that refuses; StorageRefused where only another place would help."""
+    code = error.errno if isinstance(error, OSError) else _code_of(error)
+    reason = os.strerror(code).lower() if code else str(error)
+    if code in (errno.EROFS, errno.EACCES, errno.EPERM):
+        return StorageRefused(f"cannot write {what}: {reason}{kept}; choose another place with --run")
+    remedy = "free some space and run" if code in (errno.ENOSPC, errno.EDQUOT) else "check the disk and run"
+    return StorageError(f"cannot write {what}: {reason}{kept}; {remedy} the same command again, it goes on")
+
+
+def _code_of(error: Exception) -> int | None:
+    """The system's error number inside of safetensors' own error, which has it as text."""
+    found = re.search(r"Os \{ code: (\d+)", str(error))
+    return int(found[1]) if found else None
 
 
 def read_header(path: Path) -> Header:

@@ -88,6 +88,7 @@ def evaluate(
         baselines={**baselines, **_trained_scores(run, opened, split, entry)},
         per_sample=found[weights].samples,
         protocol=_protocol(dataset, entry, split),
+        ending=run.ending,
     )
     _keep(run, result, f"{entry.name}-" if several else "")
     return result

@@ -2,34 +2,32 @@
 
 runs/depth-scenes-flux-scenes-1/
     config.json         the resolved configuration; `train --config` takes it back
-    environment.json    versions, device, threads
+    environment.json    versions, commit, device, threads
     store.json          the manifest of the store: all that `predict` has to know about it
     metrics.jsonl       one line each: losses, and scores on the held-out samples
     train.log
+    tensorboard/        the same numbers as curves
+    pictures/           step-000480.jpg: the first held-out samples at every check
     last.safetensors    everything needed to go on
     best.safetensors    the averaged weights that scored best on the held-out samples
 """
 
+import errno
 import fcntl
 import json
 import logging
 import os
-import platform
-import sys
 from collections.abc import Generator, Mapping
-from contextlib import contextmanager
-from importlib.metadata import version
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from mmdiff_cache.errors import ConfigError, StorageRefused
+from mmdiff_cache.training.checkpoint import BEST, partial_name, refusal, write_bytes
 
 RUNS = Path("runs")
 CONFIG, ENVIRONMENT, METRICS, LOG = "config.json", "environment.json", "metrics.jsonl", "train.log"
-STORE = "store.json"
-PACKAGES = ("mmdiff-cache", "torch", "numpy", "safetensors", "zarr", "numcodecs")
+STORE, BOARD, PICTURES = "store.json", "tensorboard", "pictures"
 
 
 def new_folder(name: str, runs: Path = RUNS) -> Path:
@@ -56,11 +54,12 @@ def open_folder(folder: Path) -> bool:
         raise ConfigError(f"{folder} is a file; a run is a folder: choose another --run") from None
     except OSError as error:
         raise _refused(folder, error) from error
-    if entries and CONFIG not in entries:
+    foreign = sorted(set(entries) - {LOG, partial_name(CONFIG)})  # these come before the configuration
+    if foreign and CONFIG not in entries:
         raise ConfigError(
-            f"{folder} is not empty and holds no run (it has {sorted(entries)[0]!r}); choose another --run"
+            f"{folder} is not empty and holds no run (it has {foreign[0]!r}); choose another --run"
         )
-    return bool(entries)
+    return CONFIG in entries
 
 
 def _refused(folder: Path, error: OSError) -> StorageRefused:
@@ -85,11 +84,21 @@ def locked(folder: Path) -> Generator[None]:
         os.close(descriptor)
 
 
+class _LogFile(logging.FileHandler):
+    """A log that a full disk costs lines, without a traceback for each."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Leave the line out."""
+
+
 @contextmanager
 def logging_to(path: Path) -> Generator[None]:
-    """Write the package's log to a file as well."""
+    """Write the package's log to a file as well. Raises StorageRefused where no file can be made."""
     package = logging.getLogger("mmdiff_cache")
-    handler = logging.FileHandler(path, encoding="utf-8")
+    try:
+        handler = _LogFile(path, encoding="utf-8")
+    except OSError as error:
+        raise refusal(str(path), error) from error
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     level = package.level
     package.addHandler(handler)
@@ -99,25 +108,25 @@ def logging_to(path: Path) -> Generator[None]:
     finally:
         package.removeHandler(handler)
         package.setLevel(level)
-        handler.close()
-
-
-def environment(device: str) -> dict[str, Any]:
-    """What a result may depend on besides the configuration."""
-    on_gpu = device.startswith("cuda")
-    return {
-        "versions": {name: version(name) for name in PACKAGES},
-        "python": sys.version.split()[0],
-        "platform": platform.platform(),
-        "device": torch.cuda.get_device_name(device) if on_gpu else "cpu",
-        "threads": torch.get_num_threads(),
-    }
+        with suppress(OSError):  # what a full disk did not take
+            handler.close()
 
 
 def append_metrics(folder: Path, line: Mapping[str, Any]) -> None:
-    """Add one line to the metrics."""
-    with open(folder / METRICS, "a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
+    """Add one line to the metrics, whole or not at all. Raises StorageError when the file system refuses."""
+    path = folder / METRICS
+    try:
+        with open(path, "ab", buffering=0) as file:
+            before, content = file.tell(), (json.dumps(line) + "\n").encode()
+            try:
+                written = file.write(content)
+                if written != len(content):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError:
+                file.truncate(before)
+                raise
+    except OSError as error:
+        raise refusal(str(path), error) from error
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -137,5 +146,14 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 def cut_metrics(folder: Path, step: int) -> None:
     """Drop the lines behind a step: a training that goes on from there writes them again."""
+    path = folder / METRICS
     kept = [line for line in read_metrics(folder) if line["step"] <= step]
-    (folder / METRICS).write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+    content = "".join(json.dumps(line) + "\n" for line in kept).encode()
+    if path.exists() and path.read_bytes() != content:
+        write_bytes(path, content)
+
+
+def clear_start(folder: Path) -> None:
+    """Take away what a training left that was stopped before its first checkpoint; it starts anew."""
+    for left in (folder / METRICS, folder / BEST, *(folder / PICTURES).glob("step-*.jpg")):
+        left.unlink(missing_ok=True)

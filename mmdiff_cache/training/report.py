@@ -39,6 +39,8 @@ class Evaluation:
     per_sample: Mapping[str, Mapping[str, float]]
     """Each sample's own scores, by sample id."""
     protocol: str
+    ending: str = "finished"
+    """How far the training came: `finished`, or where and why it went no further."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -63,7 +65,8 @@ def _lines(result: Evaluation) -> list[str]:
     lines = [
         f"{result.task} on {result.data_set} {result.split}: {result.headline} "
         f"{_number(_value(result.scores, result.headline))} ({order} is better)",
-        f"features of {result.backbone}, prompts {result.prompts}{bound}{features}, {result.step} steps",
+        f"features of {result.backbone}, prompts {result.prompts}{bound}{features}, {result.step} steps"
+        + ("" if result.ending == "finished" else f" ({result.ending})"),
         "",
         *_aligned(rows),
     ]

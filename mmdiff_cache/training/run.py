@@ -5,7 +5,6 @@ threads, whether or not the training was interrupted and continued.
 """
 
 import shlex
-import shutil
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
@@ -18,19 +17,19 @@ import torch
 from mmdiff_cache.config import TrainConfig, filled
 from mmdiff_cache.errors import CheckpointError, ConfigError, StoreError
 from mmdiff_cache.records import Progress
-from mmdiff_cache.store.files import storage_errors
 from mmdiff_cache.store.manifest import MANIFEST, Manifest, read_manifest
 from mmdiff_cache.store.reader import Store, open_store
-from mmdiff_cache.tasks import find_task, headline
 from mmdiff_cache.training import checkpoint
-from mmdiff_cache.training.build import Model, Setup, build_model, for_task, set_up, spec_from_json
+from mmdiff_cache.training.build import Model, Setup, build_model, for_task, spec_from_json
 from mmdiff_cache.training.checkpoint import BEST, EMA, LAST, RAW
+from mmdiff_cache.training.environment import environment
 from mmdiff_cache.training.folder import (
     CONFIG,
     ENVIRONMENT,
     LOG,
+    PICTURES,
     STORE,
-    environment,
+    clear_start,
     locked,
     logging_to,
     new_folder,
@@ -38,10 +37,11 @@ from mmdiff_cache.training.folder import (
     read_metrics,
 )
 from mmdiff_cache.training.loop import Reading, run_loop
+from mmdiff_cache.training.plan import TrainingPlan, plan
 from mmdiff_cache.training.random_state import own_random_state
-from mmdiff_cache.training.resolve import encoder_hashes, pick_device, resolve
-from mmdiff_cache.training.trainer import Trainer
-from mmdiff_cache.training.unified import part, task_names
+from mmdiff_cache.training.resolve import encoder_hashes, pick_device
+from mmdiff_cache.training.trainer import Trainer, has_waited, waited_for
+from mmdiff_cache.training.unified import judge, part, task_names
 
 FREE_TO_DIFFER = ("run", "stores", "device", "memory")
 """Fields that say where a training runs, not what it computes."""
@@ -61,17 +61,35 @@ class Run:
     step: int
     """Steps that the last checkpoint has done."""
     scores: Mapping[str, Mapping[str, Any]] = field(default_factory=dict[str, Mapping[str, Any]])
-    """Last scores on the held-out samples, by weights: `ema`, and `raw` once it has finished.
-
-    Of several tasks each has them by task.
-    """
+    """Last scores on the held-out samples, by weights: `ema` and `raw`; of several tasks each by task."""
+    checks_since_best: int = 0
+    """Checks of the held-out samples since the best one."""
     manifest: str = STORE
     """Name of the file with the manifest of its store."""
 
     @property
     def finished(self) -> bool:
-        """Whether all steps are done."""
-        return self.step >= filled(self.config.steps)
+        """Whether all steps are done, or it has stopped early."""
+        return self.step >= filled(self.config.steps) or self.stopped_early
+
+    @property
+    def stopped_early(self) -> bool:
+        """Whether it ended because the held-out score got no better (`patience`)."""
+        return self.step < filled(self.config.steps) and has_waited(
+            self.config.patience, self.checks_since_best
+        )
+
+    @property
+    def headline(self) -> str:
+        """The score that it is judged by; of several tasks what stands for their mean."""
+        return judge(self.config, self.origin.get("dataset", ""))
+
+    @property
+    def ending(self) -> str:
+        """How far it came and why it went no further, in words."""
+        if self.stopped_early:
+            return f"stopped early at step {self.step}: {waited_for(self.checks_since_best, self.headline)}"
+        return "finished" if self.finished else f"stopped at step {self.step}"
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -95,22 +113,22 @@ class Run:
         )
 
     def __str__(self) -> str:
-        if len(self.tasks) > 1:
-            return "\n".join([f"{self.path}", *(_lines(self.for_task(task)) for task in self.tasks)])
-        return f"{self.path}\n{_lines(self)}"
+        lines = [f"{self.path}", *(_lines(self.for_task(task)) for task in self.tasks)]
+        if (self.path / PICTURES).is_dir():
+            lines.append(f"  pictures {self.path / PICTURES}")
+        return "\n".join(lines)
 
 
 def _lines(run: Run) -> str:
     """A run of one task, without its folder."""
-    state = "finished" if run.finished else f"stopped at step {run.step}"
     lines = [
         f"  {run.config.task} on {run.origin['dataset']}, features of {run.origin['backbone']}, "
-        f"{filled(run.config.steps)} steps of {run.config.batch_size}, {state}"
+        f"{filled(run.config.steps)} steps of {run.config.batch_size}, {run.ending}"
     ]
-    name = headline(find_task(run.config.task, run.config.label), run.origin["dataset"])
     for weights, scores in run.scores.items():
-        value = scores.get(name)
-        lines.append(f"  held-out {name}, {weights} weights: {'none' if value is None else f'{value:.4f}'}")
+        value = scores.get(run.headline)
+        shown = "none" if value is None else f"{value:.4f}"
+        lines.append(f"  held-out {run.headline}, {weights} weights: {shown}")
     return "\n".join(lines)
 
 
@@ -138,6 +156,7 @@ def load_run(path: "Run | str | Path") -> Run:
         origin=header.store,
         step=header.step,
         scores=held_out[-1] if held_out else {},
+        checks_since_best=header.checks_since_best,
     )
 
 
@@ -207,8 +226,7 @@ def store_of(run: Run, path: str | Path | None = None) -> Store:
 
 def _keep_manifest(store: Store, path: Path) -> None:
     """Copy what a store says about itself, so that the run can be applied when the store is gone."""
-    with storage_errors(path.parent):
-        shutil.copyfile(store.path / MANIFEST, path)
+    checkpoint.write_bytes(path, (store.path / MANIFEST).read_bytes())
 
 
 def kept_manifest(run: Run) -> Manifest:
@@ -219,15 +237,19 @@ def kept_manifest(run: Run) -> Manifest:
         raise CheckpointError(f"{run.path} is not complete: {error}") from error
 
 
-def train(config: TrainConfig, progress: Progress | None = None) -> Run:
+def train(config: TrainConfig | TrainingPlan, progress: Progress | None = None) -> Run:
     """Train, or go on with the training in `config.run` if it was interrupted; safe to run again.
+
+    A plan (`plan.plan`) is trained as it was printed.
 
     `progress` is called with steps done, all steps, and the loss and speed. Ends with checkpoints and
     held-out scores in the run folder. Raises ConfigError for a choice that cannot be, CheckpointError for a
     run that does not fit the configuration or the store, StoreError for a store that cannot be read,
-    TrainingError for a loss that is no number. An interruption carries, as its note, the line that goes on.
+    TrainingError for a loss or gradient that is no number, DataError for a label that is none, StorageError
+    for a disk that refuses: the last checkpoint stays, and the same call goes on from it. An interruption
+    carries, as its note, the line that goes on.
     """
-    setup = set_up(resolve(config))
+    setup = (config if isinstance(config, TrainingPlan) else plan(config)).setup
     with opened(setup, _claim(setup)) as trainer, flushing_denormals():
         try:
             failures = run_loop([trainer], Reading.of(trainer.setup), progress or _silent)
@@ -248,12 +270,16 @@ def opened(setup: Setup, folder: Path) -> Generator[Trainer]:
         if (folder / LAST).exists():
             trainer.go_on()
         else:
+            clear_start(folder)
             checkpoint.write_json(folder / CONFIG, setup.config.to_json())
             checkpoint.write_json(folder / ENVIRONMENT, environment(setup.config.device))
-            for part in setup.parts:
-                _keep_manifest(part.store, folder / manifest_name(setup.config, part.task.name))
+            for one in setup.parts:
+                _keep_manifest(one.store, folder / manifest_name(setup.config, one.task.name))
         trainer.begin()
-        yield trainer
+        try:
+            yield trainer
+        finally:
+            trainer.end()
 
 
 @contextmanager

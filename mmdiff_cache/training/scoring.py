@@ -54,10 +54,10 @@ def predict_batch(
 
 
 def select(batch: Batch, rows: Sequence[int]) -> Batch:
-    """Some samples of a batch; the batch itself where all are chosen."""
+    """Some samples of a batch; a range is not copied. The batch itself where all are chosen."""
     if len(rows) == len(batch.ids):
         return batch
-    at = list(rows)
+    at = slice(rows.start, rows.stop) if isinstance(rows, range) else list(rows)
     return Batch(
         hidden_states=batch.hidden_states[at],
         concepts=None if batch.concepts is None else batch.concepts[at],

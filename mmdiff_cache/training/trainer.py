@@ -16,6 +16,7 @@ from mmdiff_cache.errors import TrainingError
 from mmdiff_cache.loader import Batch
 from mmdiff_cache.tasks import better, headline
 from mmdiff_cache.training import checkpoint
+from mmdiff_cache.training.board import Board
 from mmdiff_cache.training.build import (
     Network,
     Part,
@@ -29,18 +30,18 @@ from mmdiff_cache.training.build import (
 from mmdiff_cache.training.checkpoint import BALANCE, BEST, EMA, LAST, OPTIMISER, RAW, RNG, Header
 from mmdiff_cache.training.ema import Ema
 from mmdiff_cache.training.folder import append_metrics, cut_metrics
-from mmdiff_cache.training.optim import make_optimizer, make_schedule
+from mmdiff_cache.training.optim import make_optimizer, make_schedule, rate_factor
+from mmdiff_cache.training.pictures import albums
 from mmdiff_cache.training.random_state import RandomState
-from mmdiff_cache.training.scoring import Predictor, Scores, forward_batch, model_predictor
-from mmdiff_cache.training.unified import Balance
+from mmdiff_cache.training.scoring import Predictor, Scores, model_predictor
+from mmdiff_cache.training.step import NotFinite, compute_gradient, limit_gradient, weigh_gradient
+from mmdiff_cache.training.unified import Balance, judge
 
 logger = logging.getLogger(__name__)
 
 Scored = dict[str, dict[str, Scores]]
 """Held-out scores by weights and task."""
 
-CHECKS = 10
-"""Times in a training that the held-out samples are scored and a checkpoint is written."""
 SECONDS_BETWEEN_CHECKPOINTS = 300.0
 """At least as often a checkpoint is written, so that a long training loses little."""
 LOG_LINES = 200
@@ -73,18 +74,22 @@ class Trainer:
         self.schedule: LambdaLR = make_schedule(self.optimiser, steps=self.steps)
         self.step = 0
         self.best: float | None = None
+        self.checks_since_best = 0
+        self.headline = judge(setup.config, setup.parts[0].origin.dataset)
         self.balance = Balance(
             [part.task.name for part in setup.parts], self.config.balance_steps, self.config.loss_weights
         )
         self.state = ""
         """Loss and speed of the last step, in words."""
+        self._albums = albums(setup, folder)
+        self._board = Board(folder, after=0)
         self._first, self._begun = 0, time.monotonic()
         self._saved = self._begun
 
     @property
     def finished(self) -> bool:
-        """Whether all steps are done."""
-        return self.step >= self.steps
+        """Whether all steps are done, or the held-out score has been waited for long enough."""
+        return self.step >= self.steps or has_waited(self.config.patience, self.checks_since_best)
 
     def begin(self) -> None:
         """Say what is trained, and start the clock."""
@@ -93,51 +98,77 @@ class Trainer:
         logger.info("training on %s samples, parameters: %s", samples, counts)
         self._first, self._begun = self.step, time.monotonic()
         self._saved = self._begun
+        self._board = Board(self.folder, after=self.step)
+
+    def end(self) -> None:
+        """Close what is open."""
+        self._board.close()
 
     def take(self, batch: Batch, part: int) -> None:
         """One step on a batch of a part, and its line in the metrics where one is due."""
+        rate = self.config.learning_rate * rate_factor(self.step, steps=self.steps)
         with self.random:
-            loss = self.learn(batch, self.setup.parts[part])
+            loss, norm = self.learn(batch, self.setup.parts[part])
         speed = (self.step - self._first) * self.batch_size / (time.monotonic() - self._begun)
         if self.step % max(1, self.steps // LOG_LINES) == 0:
-            append_metrics(
-                self.folder, {"step": self.step, "loss": loss, "samples_per_second": round(speed, 2)}
-            )
+            values = {"loss": loss, "learning_rate": rate, "gradient_norm": norm}
+            speeds = {"samples_per_second": round(speed, 2)}
+            append_metrics(self.folder, {"step": self.step, **values, **speeds})
+            self._board.add(self.step, {f"train/{name}": value for name, value in values.items()})
         self.state = f"loss {loss:.4f}, {speed:.3g} samples/s"
 
-    def learn(self, batch: Batch, part: Part) -> float:
-        """One step; its loss. Raises TrainingError, naming the samples, if that is not finite."""
-        task = part.task
-        outputs = forward_batch(for_task(self.model, task.name), batch, precision=self.config.precision)
-        target = batch.targets[task.label].to(self.device, non_blocking=True)
-        loss = task.loss(outputs, target, part.label)
-        value = loss.item()
-        if not torch.isfinite(loss):
-            raise TrainingError(
-                f"the loss became {value} at step {self.step + 1}, on samples {', '.join(batch.ids)}; "
-                f"look at them with 'mmdiff-cache inspect {part.store.path}', "
-                f"or lower learning_rate ({self.config.learning_rate:g})"
+    def learn(self, batch: Batch, part: Part) -> tuple[float, float]:
+        """One step; its loss, and the norm of its gradient before clipping.
+
+        Raises TrainingError, naming the samples, if either is not finite; nothing has changed then.
+        """
+        config, name = self.config, part.task.name
+        try:
+            loss = compute_gradient(
+                for_task(self.model, name),
+                batch,
+                part.task,
+                part.label,
+                parts=config.accumulate,
+                precision=config.precision,
             )
-        self.optimiser.zero_grad(set_to_none=True)
-        (loss * self.balance.weight(task.name, value)).backward()
+            if len(self.setup.parts) > 1:
+                weigh_gradient(self.model, self.balance.weight(name, loss))
+            norm = limit_gradient(self.model, config.clip, batch.ids)
+        except NotFinite as error:
+            raise self._not_finite(error, part) from error
         self.optimiser.step()
         self.schedule.step()
         self.ema.update(self.model)
         self.step += 1
-        return value
+        return loss, norm
+
+    def _not_finite(self, error: NotFinite, part: Part) -> TrainingError:
+        remedies = [f"lower learning_rate ({self.config.learning_rate:g})"]
+        if self.config.precision != "float32":
+            remedies.append(f"take precision float32 instead of {self.config.precision}")
+        return TrainingError(
+            f"the {error.what} became {error.value} at step {self.step + 1}, on samples "
+            f"{', '.join(error.ids)}; look at them with 'mmdiff-cache inspect {part.store.path}', "
+            f"or {', or '.join(remedies)}"
+        )
 
     @property
     def check_is_due(self) -> bool:
-        """Whether the held-out samples are to be scored after the step just made."""
-        return self.step % max(1, self.steps // CHECKS) == 0 or self.finished
+        """Whether the held-out samples are to be scored after the step just made.
+
+        The checks lie evenly over all steps, the last one at the end.
+        """
+        checks = self.config.checks
+        return self.finished or self.step * checks // self.steps > (self.step - 1) * checks // self.steps
 
     def predictors(self, part: int) -> dict[str, Predictor]:
-        """What is scored at a check: the averaged weights, at the end also the raw ones."""
-        task = self.setup.parts[part].task
-        models = {EMA: self.ema.model, **({RAW: self.model} if self.finished else {})}
+        """What is scored at a check of a part: the averaged weights and the raw ones."""
+        precision, task = self.config.precision, self.setup.parts[part].task
+        averaged, raw = (for_task(model.eval(), task.name) for model in (self.ema.model, self.model))
         return {
-            name: model_predictor(for_task(model.eval(), task.name), task, self.config.precision)
-            for name, model in models.items()
+            EMA: self._albums[part].watching(model_predictor(averaged, task, precision)),
+            RAW: model_predictor(raw, task, precision),
         }
 
     def note_scores(self, scores: Scored) -> None:
@@ -147,10 +178,19 @@ class Trainer:
         single = next(iter(overall[EMA])) if len(self.setup.parts) == 1 else None
         noted = overall if single is None else {name: found[single] for name, found in overall.items()}
         append_metrics(self.folder, {"step": self.step, "held_out": noted})
+        self._board.add(self.step, _curves(scores))
+        for part, album in zip(self.setup.parts, self._albums, strict=True):
+            album.draw(self.step, scores[EMA][part.task.name])
         value = self._worth(overall[EMA])
         if value is not None and self._better(value):
-            self.best = value
+            self.best, self.checks_since_best = value, 0
             checkpoint.save(self.folder / BEST, self.header(), {EMA: self.ema.model.state_dict()})
+        else:
+            self.checks_since_best += 1
+        if self.step < self.steps and self.finished:
+            logger.info(
+                "stopped early at step %d: %s", self.step, waited_for(self.checks_since_best, self.headline)
+            )
 
     def _worth(self, overall: Mapping[str, Mapping[str, Any]]) -> float | None:
         """What a check is judged by: the headline score; of several tasks the mean, with 1 - x for errors.
@@ -187,6 +227,7 @@ class Trainer:
             spec=spec_to_json(self.model.spec),
             store=self.setup.identity,
             best=self.best,
+            checks_since_best=self.checks_since_best,
         )
 
     def save(self) -> None:
@@ -208,7 +249,7 @@ class Trainer:
         checkpoint.load_weights(self.model, path, RAW)
         checkpoint.load_weights(self.ema.model, path, EMA)
         self.ema.updates = self.step = header.step
-        self.best = header.best
+        self.best, self.checks_since_best = header.best, header.checks_since_best
         checkpoint.unpack_optimiser(self.optimiser, checkpoint.read_group(path, OPTIMISER))
         self.schedule.last_epoch = self.step
         for group, base, factor in zip(
@@ -220,3 +261,24 @@ class Trainer:
             self.balance.unpack(checkpoint.read_group(path, BALANCE))
         self.random.unpack(checkpoint.read_group(path, RNG))
         logger.info("going on from step %d of %d", self.step, self.steps)
+
+
+def has_waited(patience: int | None, checks_since_best: int) -> bool:
+    """Whether a training is to stop early."""
+    return patience is not None and checks_since_best >= patience
+
+
+def waited_for(checks: int, headline: str) -> str:
+    """Why a training stopped early, in words."""
+    return f"{checks} check{'s' * (checks > 1)} without a better held-out {headline}"
+
+
+def _curves(scores: Scored) -> dict[str, float]:
+    """The numbers among the held-out scores, named for TensorBoard."""
+    return {
+        f"held_out_{weights}/{f'{task}/' if len(found) > 1 else ''}{name}": value
+        for weights, found in scores.items()
+        for task, result in found.items()
+        for name, value in result.overall.items()
+        if isinstance(value, float)
+    }

@@ -13,6 +13,7 @@ from torch import Tensor
 from mmdiff_cache.config import TrainConfig
 from mmdiff_cache.errors import ConfigError
 from mmdiff_cache.store.manifest import Manifest
+from mmdiff_cache.tasks import find_task, headline
 
 JOIN = "+"
 """Between the names of the tasks of a unified run."""
@@ -26,6 +27,13 @@ def task_names(config: TrainConfig) -> tuple[str, ...]:
     if len(set(names)) < len(names):
         raise ConfigError(f"task {config.task!r} names a task twice")
     return names
+
+
+def judge(config: TrainConfig, dataset: str) -> str:
+    """The name of what checks are judged by: the headline score; of several tasks their mean."""
+    if len(task_names(config)) > 1:
+        return "mean of the headline scores"
+    return headline(find_task(config.task, config.label), dataset)
 
 
 def part(config: TrainConfig, task: str) -> TrainConfig:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mmdiff_cache.inference.panels import Sheet, Tile, draw_sheet, save_png
+from mmdiff_cache.visuals.panels import Sheet, Tile, draw_sheet, save_png
 
 
 def tiles(count: int) -> list[Tile]:

@@ -5,11 +5,13 @@ in the picture; hatching marks what no label owns and no metric counts.
 """
 
 from collections.abc import Sequence
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from jaxtyping import Float, Num, UInt8
 from numpy.typing import NDArray
+
+from mmdiff_cache.records import LabelSpec
 
 RGB = NDArray[np.uint8]
 
@@ -108,6 +110,18 @@ def salience_to_colour(
     grey = image.mean(axis=-1, keepdims=True) * 0.35 + 255 * 0.55
     weight = np.clip(np.nan_to_num(probability), 0.0, 1.0)[..., None]
     return np.rint(image * weight + grey * (1 - weight)).astype(np.uint8)
+
+
+def label_to_colour(
+    label: LabelSpec, array: NDArray[Any], image: RGB, span: tuple[float, float] | None = None
+) -> RGB:
+    """A prediction or a label map in colour; `span` = (near, far) in metres fixes the scale of depth."""
+    if label.kind == "classes":
+        return classes_to_colour(array, len(label.classes), label.ignore)
+    if label.kind == "mask":
+        known = array if label.ignore is None else np.where(array == label.ignore, 0, array)
+        return salience_to_colour(known.astype(np.float64), image)
+    return depth_to_colour(array, *(span or depth_range(array)))
 
 
 def heat_over(

@@ -3,13 +3,14 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from mmdiff_cache.inference.visualize import enlarge
+from mmdiff_cache.records import LabelSpec
+from mmdiff_cache.visuals.colours import depth_range, enlarge, label_to_colour
 
 INK, QUIET, PAPER = (32, 33, 36), (110, 113, 120), (255, 255, 255)
 TILE: Final = 160
@@ -39,6 +40,18 @@ class Sheet:
     columns: Sequence[str] = ()
     row_labels: Sequence[str] = ()
     legend: Sequence[tuple[str, tuple[int, int, int]]] = ()
+
+
+def truth_and_guess(
+    label: LabelSpec, truth: NDArray[Any], guess: NDArray[Any], image: NDArray[np.uint8], caption: str = ""
+) -> tuple[Tile, Tile]:
+    """The label and the prediction of one sample on one colour scale; `caption` goes below the prediction."""
+    span = depth_range(truth) if label.kind == "depth" else None
+    unit = "" if span is None else f"{span[0]:.1f} to {span[1]:.1f} m"
+    return (
+        Tile(picture=label_to_colour(label, truth, image, span), caption=unit),
+        Tile(picture=label_to_colour(label, guess, image, span), caption=caption),
+    )
 
 
 def draw_sheet(sheet: Sheet, tile: int = TILE) -> Image.Image:

@@ -1,0 +1,1 @@
+"""Arrays as pictures: colours that mean the same everywhere, and sheets of captioned tiles."""
