@@ -50,7 +50,8 @@ class ListedImages(Dataset):
         rows = read_rows(file, tuple(self._readers))
         self._rows = {split: [row for row in rows if row.split == split] for split in splits_of(rows)}
         self.label_specs = tuple(reader.spec for reader in self._readers.values())
-        check_files(path for row in rows for path in (row.image, *row.labels.values()))
+        files = (path for row in rows for path in (row.image, *row.labels.values()))
+        check_files(files, f"{file} lists it: add it, or take out its row")
         self.canvas = self._largest(rows)
 
     def sample_ids(self, split: str) -> Sequence[str]:

@@ -2,13 +2,17 @@
 
 import struct
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from mmdiff_cache.datasets.duts import read_mask as read_saliency
+from mmdiff_cache.datasets.nyu_depth import read_depth
 from mmdiff_cache.datasets.pictures import read_picture
+from mmdiff_cache.datasets.voc import read_mask
 from mmdiff_cache.errors import DataError
 
 GRADIENT = np.arange(6 * 9 * 3, dtype=np.uint8).reshape(6, 9, 3)
@@ -87,6 +91,29 @@ def test_too_many_pixels_are_refused_before_decoding(tmp_path: Path) -> None:
     path.write_bytes(png_header(30_000, 20_000))
     with pytest.raises(DataError, match=r"bomb\.png.*100"):
         read_picture(path)
+
+
+@pytest.mark.parametrize("read", [read_mask, read_saliency, read_depth], ids=["voc", "duts", "nyu"])
+def test_label_files_are_refused_in_the_same_words(
+    read: Callable[[Path], np.ndarray], tmp_path: Path
+) -> None:
+    """One broken file of ten thousand must not end a run; and what is said of it is said once."""
+    (tmp_path / "bomb.png").write_bytes(png_header(30_000, 20_000))
+    (tmp_path / "page.png").write_text("<!DOCTYPE html>")
+    rng = np.random.default_rng(0)
+    right, other = (np.uint16, np.uint8) if read is read_depth else (np.uint8, np.uint16)
+    Image.fromarray(rng.integers(0, 9, (32, 32), dtype=right)).save(tmp_path / "whole.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:-40])
+    Image.fromarray(rng.integers(0, 9, (32, 32), dtype=other)).save(tmp_path / "kind.png")
+    for name, reason in [
+        ("bomb.png", "megapixels"),
+        ("page.png", "not a picture"),
+        ("cut.png", "perhaps cut off"),
+        ("kind.png", "pixels of type"),
+    ]:
+        with pytest.raises(DataError, match=f"{name}: .*{reason}") as caught:
+            read(tmp_path / name)
+        assert str(caught.value).count(str(tmp_path)) == 1
 
 
 def test_a_cut_off_file_is_refused_wherever_it_is_cut(tmp_path: Path) -> None:
