@@ -106,6 +106,17 @@ def test_pictures_at_once_get_the_same_words(config: CaptionConfig, tmp_path: Pa
     assert lines(together) == lines(config)
 
 
+def test_the_splits_are_those_of_a_folders_list(config: CaptionConfig) -> None:
+    rows = [{"file_name": f"{n}.png", "split": split} for n, split in enumerate(("train", "train", "val"))]
+    (Path(str(config.data_root)) / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    caption(replace(config, splits=("val",), max_tokens=2))
+    assert list(lines(config)) == ["2.png"]
+    caption(replace(config, max_tokens=2))
+    assert sorted(lines(config)) == ["0.png", "1.png", "2.png"]
+    with pytest.raises(ConfigError, match="split 'all' is not one of images: train, val"):
+        caption(replace(config, splits=("all",)))
+
+
 def test_extract_reads_the_file(config: CaptionConfig, tiny_flux_folder: Path, tmp_path: Path) -> None:
     caption(config)
     planned = plan(
