@@ -107,6 +107,8 @@ def test_vocabularies_from_options() -> None:
         (["extract", "--timesteps", "0.3,x"], "--timesteps needs numbers"),
         (["extract", "--timesteps", "1.2"], "timesteps lie in [0, 1]"),
         (["extract", "--concepts", "near,far"], "--concepts needs NAME=WORD"),
+        (["extract", "--concepts", "depth", "--concepts", "depth=a,b"], "gives 'depth' twice"),
+        (["extract", "--set", "guidance=3", "--backbone", "flux-schnell"], "leave out guidance=3"),
         (["extract", "--set", "noise.seeed=1"], "no field 'seeed'"),
         (["extract", "--set", "limit"], "--set needs KEY=VALUE"),
         (["extract", "--dataset", "[bold]x[/bold]"], "'[bold]x[/bold]' is not known"),

@@ -43,7 +43,7 @@ def resolve(config: ExtractConfig) -> ExtractConfig:
     attention = config.attention or default_attention(info)
     info.check_attention(attention)
     if config.guidance is not None and info.guidance is None:
-        raise ConfigError(f"{info.name} takes no guidance scale; leave out --guidance {config.guidance:g}")
+        raise ConfigError(f"{info.name} takes no guidance scale; leave out guidance={config.guidance:g}")
     guidance = info.guidance if config.guidance is None else config.guidance
     if entry.drawn and (config.draws > 1 or config.flip):
         raise ConfigError("drawn pictures have one variant; leave out draws and flip, and draw more of them")
