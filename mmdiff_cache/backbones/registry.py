@@ -39,7 +39,7 @@ GUIDANCE = 3.5
 """FLUX.1-dev's own default; the paper gives none."""
 FLUX, SD3 = "FluxPipeline", "StableDiffusion3Pipeline"
 MAX_TEXT_LENGTH = 512
-"""The longest T5 prompt that FluxPipeline takes."""
+"""The longest T5 prompt that FluxPipeline and StableDiffusion3Pipeline take."""
 SD3_TEXT_LENGTH, SD3_CLIP_TOKENS = 256, 77
 """T5 and CLIP tokens of StableDiffusion3Pipeline."""
 SD3_CFG_SCALE = 7.0

@@ -213,6 +213,14 @@ def test_a_concept_is_the_mean_of_its_own_pieces(tiny_backbone: FluxBackbone, pi
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-6)
 
 
+def test_a_concept_that_the_text_length_cuts_is_refused(tiny_flux_folder: Path) -> None:
+    """Its mean would be over some of its pieces and the end marker: 'sky' has four."""
+    short = load_backbone(describe(str(tiny_flux_folder)), text_length=4)
+    with pytest.raises(ConfigError, match="'sky' has 4 tokens, so text_length must be at least 5, got 4"):
+        short.embed_concepts(["near", "sky"])
+    load_backbone(describe(str(tiny_flux_folder)), text_length=5).embed_concepts(["near", "sky"])
+
+
 def test_a_concept_without_tokens_is_refused(tiny_backbone: FluxBackbone) -> None:
     with pytest.raises(ConfigError, match="has no token"):
         tiny_backbone.embed_concepts(["object", ""])
