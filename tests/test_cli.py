@@ -108,6 +108,7 @@ def test_vocabularies_from_options() -> None:
         (["extract", "--timesteps", "1.2"], "timesteps lie in [0, 1]"),
         (["extract", "--concepts", "near,far"], "--concepts needs NAME=WORD"),
         (["extract", "--concepts", "depth", "--concepts", "depth=a,b"], "gives 'depth' twice"),
+        (["extract", "--set", "text_length=513"], "text_length must be at most 512"),
         (["extract", "--set", "guidance=3", "--backbone", "flux-schnell"], "leave out guidance=3"),
         (["extract", "--set", "noise.seeed=1"], "no field 'seeed'"),
         (["extract", "--set", "limit"], "--set needs KEY=VALUE"),
@@ -236,6 +237,8 @@ def test_backbones_are_told_without_reading_a_weight(
     assert facts["bytes_a_prompt"] == 2 * (512 * 4096 + 768)
     assert len(facts["single_blocks"]) == 38
     assert run(["backbones", str(tiny_flux_folder), "--resolution", "64"]) == 0
-    assert "double.0 double.1" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "double.0 double.1" in said
+    assert f"--backbone {tiny_flux_folder}" in said.replace("\n", ""), "a line to paste"
     assert run(["backbones", "flux-pro"]) == 2
     assert run(["backbones", "flux-dev", "--resolution", "500"]) == 2

@@ -201,7 +201,10 @@ def test_a_picture_that_cannot_be_read_is_named_and_left_out(
     printed = capsys.readouterr()
     assert "captions of 4 of 5 samples" in printed.out
     assert "extract --dataset images --data-root" in printed.out
+    assert "--limit" not in printed.out
     assert "'1.png'" in printed.err
+    assert command_line([*words, "--limit", "1"]) == 0
+    assert "--limit 1 --prompts" in capsys.readouterr().out, "others have no caption yet"
 
 
 def test_missing_weights_are_answered_with_what_helps(config: CaptionConfig, tmp_path: Path) -> None:
