@@ -7,7 +7,15 @@ from functools import cached_property
 from pathlib import Path
 
 from mmdiff_cache.datasets.base import Dataset, safe_id
-from mmdiff_cache.datasets.listed import DEFAULT_SPLIT, ListedImages, find_list, read_rows, splits_of
+from mmdiff_cache.datasets.listed import (
+    DEFAULT_SPLIT,
+    LABELS,
+    LISTS,
+    ListedImages,
+    find_list,
+    read_rows,
+    splits_of,
+)
 from mmdiff_cache.datasets.pictures import read_picture
 from mmdiff_cache.errors import ConfigError, DataError
 from mmdiff_cache.records import Sample
@@ -88,6 +96,10 @@ def open_folder(data_root: str | None, resolution: int) -> Dataset:
     if not root.is_dir():
         raise DataError(f"{root} is not a folder; --data-root must name a folder of pictures")
     file = find_list(root)
+    if file is None and (root / LABELS).is_file():
+        logger.warning(
+            "%s is not used: no %s says which file is a picture's label", root / LABELS, " or ".join(LISTS)
+        )
     return ImageFolder(root) if file is None else ListedImages(root, file)
 
 
