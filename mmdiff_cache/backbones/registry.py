@@ -26,6 +26,7 @@ from mmdiff_cache.backbones.info import (
 )
 from mmdiff_cache.backbones.weights import pipeline_of, tokenizers_of
 from mmdiff_cache.errors import BackboneError, ConfigError
+from mmdiff_cache.hub import is_repository
 
 if TYPE_CHECKING:
     import torch
@@ -184,7 +185,7 @@ def describe(name: str) -> BackboneInfo:
     entry = BACKBONES.get(name)
     if entry is None:
         folder = Path(name).expanduser()
-        if not folder.is_dir() and weights.is_repository(name):
+        if not folder.is_dir() and is_repository(name):
             return _describe_repository(name)
         return _describe_folder(folder)
     architecture = entry.architecture or read_architecture(Path(entry.source))

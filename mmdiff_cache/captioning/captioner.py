@@ -4,7 +4,6 @@ Any model that transformers loads for image and text, and that has a chat templa
 """
 
 import logging
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +16,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from mmdiff_cache.backbones.pipeline import DTYPES, choose_device, quiet_loading
 from mmdiff_cache.errors import BackboneError, ConfigError
-from mmdiff_cache.hub import find_snapshot, hash_files, model_files
+from mmdiff_cache.hub import find_snapshot, hash_files, is_repository, model_files
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +83,7 @@ def locate_model(model: str) -> Path:
         if missing := missing_weights(folder):
             raise BackboneError(f"the files of the model are incomplete: {folder / missing} is missing")
         return folder
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
+    if not is_repository(model):
         raise ConfigError(
             f"model must be a folder or a repository such as google/gemma-3-4b-it, got {model!r}"
         )
