@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from mmdiff_cache.backbones.pipeline import DTYPES, choose_device, quiet_loading
+from mmdiff_cache.backbones.pipeline import DTYPES, choose_device
 from mmdiff_cache.errors import BackboneError, ConfigError
 from mmdiff_cache.hub import find_snapshot, hash_files, is_repository, model_files
+from mmdiff_cache.pretrained import load_whole, quiet_loading
 
 logger = logging.getLogger(__name__)
 
@@ -63,13 +64,11 @@ def load_captioner(
     try:
         with quiet_loading():
             processor: Any = AutoProcessor.from_pretrained(folder, local_files_only=True)
-            model: Any = AutoModelForImageTextToText.from_pretrained(
-                folder, dtype=DTYPES[dtype], use_safetensors=True, local_files_only=True
-            )
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise BackboneError(f"the model in {folder} cannot be loaded: {error}") from error
     if getattr(processor, "chat_template", None) is None:
         raise BackboneError(f"the model in {folder} has no chat template, so it takes no instructions")
+    model = load_whole(AutoModelForImageTextToText, folder, folder.name, dtype=DTYPES[dtype])
     return Captioner(model.to(chosen).eval(), processor, max_tokens=max_tokens)
 
 

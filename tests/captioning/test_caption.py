@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor, Gemma3ForConditionalGeneration
 
 from mmdiff_cache.captioning.caption_file import CaptionFile, meta_path
@@ -218,6 +219,18 @@ def test_missing_weights_are_answered_with_what_helps(config: CaptionConfig, tmp
         locate_model(str(tmp_path / "half"))
     with pytest.raises(ConfigError, match="model must be a folder or a repository"):
         locate_model("gemma")
+
+
+def test_a_weight_that_the_file_lacks_is_not_made_up(
+    config: CaptionConfig, gemma: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(gemma, tmp_path / "lacking")
+    weights = load_file(folder / "model.safetensors")
+    name = next(name for name in weights if name.endswith("self_attn.q_proj.weight"))
+    del weights[name]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(BackboneError, match=r"weights of lacking .* lack .*self_attn\.q_proj\.weight"):
+        caption(replace(config, model=str(folder)))
 
 
 class Twins(Dataset):
