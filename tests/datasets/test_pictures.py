@@ -18,19 +18,19 @@ from mmdiff_cache.errors import DataError
 GRADIENT = np.arange(6 * 9 * 3, dtype=np.uint8).reshape(6, 9, 3)
 
 
-def png_header(width: int, height: int) -> bytes:
-    """A PNG that announces a size and holds no pixels."""
+def png(width: int, height: int, *, bits: int = 8, rows: bytes = b"") -> bytes:
+    """An RGB PNG of a size; without rows it only announces it."""
 
     def block(kind: bytes, content: bytes) -> bytes:
         return (
             struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
         )
 
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", width, height, bits, 2, 0, 0, 0)
     return (
         b"\x89PNG\r\n\x1a\n"
         + block(b"IHDR", header)
-        + block(b"IDAT", zlib.compress(b""))
+        + block(b"IDAT", zlib.compress(rows))
         + block(b"IEND", b"")
     )
 
@@ -74,6 +74,13 @@ def test_transparent_parts_lie_over_white(tmp_path: Path) -> None:
     assert (read_picture(tmp_path / "palette.png")[0, 0] == 255).all()
 
 
+def test_sixteen_bits_a_channel_keep_the_high_byte(tmp_path: Path) -> None:
+    deep = np.arange(2 * 4 * 3, dtype=np.uint16).reshape(2, 4, 3) * 2731
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in deep)
+    (tmp_path / "deep.png").write_bytes(png(4, 2, bits=16, rows=rows))
+    np.testing.assert_array_equal(read_picture(tmp_path / "deep.png"), deep >> 8)
+
+
 def test_exif_orientation_turns_the_picture_upright(tmp_path: Path) -> None:
     stored = np.zeros((8, 16, 3), np.uint8)
     stored[:, :8] = 255
@@ -88,7 +95,7 @@ def test_exif_orientation_turns_the_picture_upright(tmp_path: Path) -> None:
 
 def test_too_many_pixels_are_refused_before_decoding(tmp_path: Path) -> None:
     path = tmp_path / "bomb.png"
-    path.write_bytes(png_header(30_000, 20_000))
+    path.write_bytes(png(30_000, 20_000))
     with pytest.raises(DataError, match=r"bomb\.png.*100"):
         read_picture(path)
 
@@ -98,7 +105,7 @@ def test_label_files_are_refused_in_the_same_words(
     read: Callable[[Path], np.ndarray], tmp_path: Path
 ) -> None:
     """One broken file of ten thousand must not end a run; and what is said of it is said once."""
-    (tmp_path / "bomb.png").write_bytes(png_header(30_000, 20_000))
+    (tmp_path / "bomb.png").write_bytes(png(30_000, 20_000))
     (tmp_path / "page.png").write_text("<!DOCTYPE html>")
     rng = np.random.default_rng(0)
     right, other = (np.uint16, np.uint8) if read is read_depth else (np.uint8, np.uint16)
