@@ -3,22 +3,27 @@
 import errno
 import json
 import shutil
+import sys
+import warnings
 from pathlib import Path
 
 import pytest
 
 from mmdiff_cache.cli import app as application
-from mmdiff_cache.cli.app import run
+from mmdiff_cache.cli.app import main, run
 from mmdiff_cache.cli.configuration import compose, parse_vocabularies
 from mmdiff_cache.config import ExtractConfig, TrainConfig
+from mmdiff_cache.datasets.pictures import read_picture
 from mmdiff_cache.errors import (
     ConfigError,
     DamageError,
+    DataError,
     MMDiffError,
     StorageError,
     StorageRefused,
     StoreError,
 )
+from tests.datasets.test_pictures import png
 
 RECIPE = """
 from mmdiff_cache.config import ExtractConfig, TrainConfig
@@ -219,6 +224,21 @@ def test_verify_says_it_with_its_exit_code(
     assert finding["where"] == f"train.zarr/hidden_states/{shard.name}"
     assert run(["verify", str(tmp_path)]) == 2
     assert "is not a store" in capsys.readouterr().err
+
+
+def test_a_large_picture_that_is_taken_is_not_called_an_attack(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """95 megapixels are within our limit and beyond Pillow's; its warning would be an error here."""
+    monkeypatch.setattr(sys, "argv", ["mmdiff-cache", "--version"])
+    for variable in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
+        monkeypatch.setenv(variable, "error")
+    (tmp_path / "large.png").write_bytes(png(10_000, 9_500))
+    with warnings.catch_warnings():
+        with pytest.raises(SystemExit):
+            main()
+        with pytest.raises(DataError, match="perhaps cut off"):
+            read_picture(tmp_path / "large.png")
 
 
 def test_backbones_are_told_without_reading_a_weight(
