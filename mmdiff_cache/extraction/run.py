@@ -296,7 +296,7 @@ def _log_file(store: Path) -> Generator[None]:
     try:
         yield
     except BaseException as error:
-        logger.info("stopped: %s", error or type(error).__name__)
+        logger.info("stopped: %s", str(error) or type(error).__name__)
         raise
     finally:
         package.removeHandler(handler)
