@@ -204,7 +204,7 @@ def test_a_worker_that_hangs_is_replaced(
     cluster: Client, config: ExtractConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It answers the scheduler all the while, as one does whose GPU's driver hangs."""
-    monkeypatch.setattr(crew, "HUNG_SECONDS", 2.0)
+    monkeypatch.setattr(crew, "HUNG_SECONDS", 20.0)  # a new process has to load first
     before = set(pids(cluster))
     folder = draw(tmp_path / "pictures", [f"{number}{'-hang' * (number == 5)}.png" for number in range(8)])
     hanging = replace(config, dataset="strange", data_root=str(folder), splits=None, limit=None)
