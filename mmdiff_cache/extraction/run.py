@@ -150,7 +150,7 @@ def load_extractor(
     if config.attention is not None:
         backbone.use_attention(config.attention)
     if config.compile:
-        compile_blocks(backbone.blocks, concepts=bool(config.concepts))
+        compile_blocks(backbone.blocks, read_inside=bool(config.concepts) or config.cross_attention)
     return Extractor(
         backbone,
         layers=layers,
