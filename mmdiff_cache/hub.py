@@ -14,6 +14,11 @@ from typing import Any
 from mmdiff_cache.errors import BackboneError
 
 
+def is_repository(name: str) -> bool:
+    """Whether a name has the form of a repository on the hub: `org/name`."""
+    return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is not None
+
+
 def find_snapshot(
     source: str,
     patterns: Sequence[str],

@@ -3,22 +3,27 @@
 import errno
 import json
 import shutil
+import sys
+import warnings
 from pathlib import Path
 
 import pytest
 
 from mmdiff_cache.cli import app as application
-from mmdiff_cache.cli.app import run
+from mmdiff_cache.cli.app import main, run
 from mmdiff_cache.cli.configuration import compose, parse_vocabularies
 from mmdiff_cache.config import ExtractConfig, TrainConfig
+from mmdiff_cache.datasets.pictures import read_picture
 from mmdiff_cache.errors import (
     ConfigError,
     DamageError,
+    DataError,
     MMDiffError,
     StorageError,
     StorageRefused,
     StoreError,
 )
+from tests.datasets.test_pictures import png
 
 RECIPE = """
 from mmdiff_cache.config import ExtractConfig, TrainConfig
@@ -107,6 +112,9 @@ def test_vocabularies_from_options() -> None:
         (["extract", "--timesteps", "0.3,x"], "--timesteps needs numbers"),
         (["extract", "--timesteps", "1.2"], "timesteps lie in [0, 1]"),
         (["extract", "--concepts", "near,far"], "--concepts needs NAME=WORD"),
+        (["extract", "--concepts", "depth", "--concepts", "depth=a,b"], "gives 'depth' twice"),
+        (["extract", "--set", "text_length=513"], "text_length must be at most 512"),
+        (["extract", "--set", "guidance=3", "--backbone", "flux-schnell"], "leave out guidance=3"),
         (["extract", "--set", "noise.seeed=1"], "no field 'seeed'"),
         (["extract", "--set", "limit"], "--set needs KEY=VALUE"),
         (["extract", "--dataset", "[bold]x[/bold]"], "'[bold]x[/bold]' is not known"),
@@ -218,6 +226,21 @@ def test_verify_says_it_with_its_exit_code(
     assert "is not a store" in capsys.readouterr().err
 
 
+def test_a_large_picture_that_is_taken_is_not_called_an_attack(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """95 megapixels are within our limit and beyond Pillow's; its warning would be an error here."""
+    monkeypatch.setattr(sys, "argv", ["mmdiff-cache", "--version"])
+    for variable in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
+        monkeypatch.setenv(variable, "error")
+    (tmp_path / "large.png").write_bytes(png(10_000, 9_500))
+    with warnings.catch_warnings():
+        with pytest.raises(SystemExit):
+            main()
+        with pytest.raises(DataError, match="perhaps cut off"):
+            read_picture(tmp_path / "large.png")
+
+
 def test_backbones_are_told_without_reading_a_weight(
     capsys: pytest.CaptureFixture[str], tiny_flux_folder: Path
 ) -> None:
@@ -234,6 +257,8 @@ def test_backbones_are_told_without_reading_a_weight(
     assert facts["bytes_a_prompt"] == 2 * (512 * 4096 + 768)
     assert len(facts["single_blocks"]) == 38
     assert run(["backbones", str(tiny_flux_folder), "--resolution", "64"]) == 0
-    assert "double.0 double.1" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "double.0 double.1" in said
+    assert f"--backbone {tiny_flux_folder}" in said.replace("\n", ""), "a line to paste"
     assert run(["backbones", "flux-pro"]) == 2
     assert run(["backbones", "flux-dev", "--resolution", "500"]) == 2

@@ -94,9 +94,8 @@ class FluxText(EncoderText):
         )
         return cast(Tensor, tokens), cast(Tensor, pooled)
 
-    def _pieces(self, word: str) -> Float[Tensor, "piece E"]:
-        count = len(self._pipeline.tokenizer_2(word, add_special_tokens=False).input_ids)
-        return self.prompt(word)[0][0, :count]
+    def _place(self, word: str) -> slice:
+        return slice(0, len(self._pipeline.tokenizer_2(word, add_special_tokens=False).input_ids))
 
 
 def load_flux(

@@ -2,10 +2,8 @@
 
 import logging
 import math
-import warnings
 from abc import abstractmethod
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,12 +12,10 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
-from diffusers.utils import logging as diffusers_logging
 from einops import rearrange
 from jaxtyping import Float, UInt8
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers.utils import logging as transformers_logging
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel
 
 from mmdiff_cache.backbones.attention import use_attention
 from mmdiff_cache.backbones.base import Backbone, BlockSlot, PromptEmbeddings, Sampler
@@ -27,11 +23,17 @@ from mmdiff_cache.backbones.info import PATCH, BackboneInfo, DTypeName, Quantisa
 from mmdiff_cache.backbones.text import TextSource
 from mmdiff_cache.backbones.weights import hash_weights, text_parts_of
 from mmdiff_cache.errors import BackboneError, ConfigError
+from mmdiff_cache.pretrained import full_precision_convolutions, load_whole, quiet_loading
 
 logger = logging.getLogger(__name__)
 
 DTYPES: Mapping[DTypeName, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 FLOAT8 = torch.float8_e4m3fn
+TEXT_ENCODERS: Mapping[str, tuple[Any, ...]] = {
+    "FluxPipeline": (CLIPTextModel, T5EncoderModel),
+    "StableDiffusion3Pipeline": (CLIPTextModelWithProjection, CLIPTextModelWithProjection, T5EncoderModel),
+}
+"""The classes of a pipeline's text encoders, in their order."""
 
 
 class PipelineBackbone(Backbone):
@@ -74,7 +76,7 @@ class PipelineBackbone(Backbone):
     def encode_image(self, images: UInt8[Tensor, "B H W 3"]) -> Float[Tensor, "B c H_f W_f"]:
         # Channels-last in memory, as diffusers' image processor leaves it: a convolution's bits depend on it.
         pixels = rearrange(images.to(self.device), "B H W rgb -> B rgb H W").to(torch.float32) / 255 * 2 - 1
-        with _full_precision_convolutions():
+        with full_precision_convolutions():
             posterior = cast(Any, self._vae.encode(pixels)).latent_dist
         config = cast(Any, self._vae.config)
         return (posterior.mode() - (config.shift_factor or 0.0)) * config.scaling_factor
@@ -83,7 +85,7 @@ class PipelineBackbone(Backbone):
     def decode_latent(self, latent: Float[Tensor, "B c H_f W_f"]) -> UInt8[Tensor, "B H W 3"]:
         config = cast(Any, self._vae.config)
         scaled = latent.to(self.device, torch.float32) / config.scaling_factor + (config.shift_factor or 0.0)
-        with _full_precision_convolutions():
+        with full_precision_convolutions():
             pixels = cast(Tensor, self._vae.decode(scaled, return_dict=False)[0])
         levels = ((pixels * 0.5 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
         return rearrange(levels, "B rgb H W -> B H W rgb")
@@ -151,16 +153,13 @@ def load_pipeline(
     """
     chosen = choose_device(device)
     logger.info("loading %s from %s: %s, %s", info.name, folder, dtype, chosen)
-    local = {"use_safetensors": True, "local_files_only": True}
-    absent = {} if with_text else dict.fromkeys(text_parts_of(info.architecture.pipeline))
-    with _loading_errors(info, folder), quiet_loading():
-        transformer = transformer_class.from_pretrained(
-            folder, subfolder="transformer", torch_dtype=DTYPES[dtype], **options, **local
-        )
-        vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", torch_dtype=torch.float32, **local)
-        pipeline = cast(Any, pipeline_class).from_pretrained(
-            folder, transformer=transformer, vae=vae, torch_dtype=DTYPES[dtype], **absent, **local
-        )
+    transformer = load_whole(
+        transformer_class, folder / "transformer", info.name, torch_dtype=DTYPES[dtype], **options
+    )
+    vae = load_whole(AutoencoderKL, folder / "vae", info.name, torch_dtype=torch.float32)
+    absent = dict.fromkeys(text_parts_of(info.architecture.pipeline))
+    text = _text_encoders(info, folder, dtype) if with_text else absent
+    pipeline = _assemble(info, folder, pipeline_class, dtype, transformer=transformer, vae=vae, **text)
     if quantisation == "float8":
         transformer.enable_layerwise_casting(storage_dtype=FLOAT8, compute_dtype=DTYPES[dtype])
     pipeline.set_progress_bar_config(disable=True)
@@ -178,24 +177,30 @@ def load_text_pipeline(
     """The text encoders of a pipeline on their device, without transformer and VAE."""
     chosen = choose_device(device)
     logger.info("loading the text encoders of %s from %s: %s, %s", info.name, folder, dtype, chosen)
-    with _loading_errors(info, folder), quiet_loading():
-        pipeline = cast(Any, pipeline_class).from_pretrained(
-            folder,
-            transformer=None,
-            vae=None,
-            torch_dtype=DTYPES[dtype],
-            use_safetensors=True,
-            local_files_only=True,
-        )
-    return pipeline.to(chosen)
+    text = _text_encoders(info, folder, dtype)
+    return _assemble(info, folder, pipeline_class, dtype, transformer=None, vae=None, **text).to(chosen)
 
 
-@contextmanager
-def _loading_errors(info: BackboneInfo, folder: Path) -> Generator[None]:
+def _text_encoders(info: BackboneInfo, folder: Path, dtype: DTypeName) -> dict[str, Any]:
+    classes = TEXT_ENCODERS[info.architecture.pipeline]
+    parts = text_parts_of(info.architecture.pipeline)[: len(classes)]
+    return {
+        part: load_whole(model_class, folder / part, info.name, dtype=DTYPES[dtype])
+        for part, model_class in zip(parts, classes, strict=True)
+    }
+
+
+def _assemble(
+    info: BackboneInfo, folder: Path, pipeline_class: type[DiffusionPipeline], dtype: DTypeName, **parts: Any
+) -> Any:
+    """A pipeline of these parts, with tokenizers and scheduler from its folder."""
     try:
-        yield
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise BackboneError(f"the weights of {info.name} in {folder} cannot be loaded: {error}") from error
+        with quiet_loading():
+            return cast(Any, pipeline_class).from_pretrained(
+                folder, torch_dtype=DTYPES[dtype], local_files_only=True, **parts
+            )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise BackboneError(f"{info.name} in {folder} cannot be loaded: {error}") from error
 
 
 def choose_device(device: str | torch.device) -> torch.device:
@@ -212,36 +217,6 @@ def choose_device(device: str | torch.device) -> torch.device:
             f"device {device} is not on this machine, which has {present} CUDA devices; try auto"
         )
     return chosen
-
-
-@contextmanager
-def quiet_loading() -> Generator[None]:
-    """Hide the loaders' progress bars, and their remarks on the blocks that are left out on purpose."""
-    libraries = (diffusers_logging, transformers_logging)
-    before = [(library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries]
-    with warnings.catch_warnings():
-        # Diffusers before 0.40 knows no other name for the argument.
-        warnings.filterwarnings("ignore", message="`torch_dtype` is deprecated", category=FutureWarning)
-        try:
-            for library in libraries:
-                library.set_verbosity_error()
-                library.disable_progress_bar()
-            yield
-        finally:
-            for library, (verbosity, bars) in zip(libraries, before, strict=True):
-                library.set_verbosity(verbosity)
-                if bars:
-                    library.enable_progress_bar()
-
-
-@contextmanager
-def _full_precision_convolutions() -> Generator[None]:
-    """Keep a GPU from rounding convolutions to TF32, which would change latents in the third digit."""
-    cudnn = torch.backends.cudnn
-    with cudnn.flags(
-        enabled=cudnn.enabled, benchmark=cudnn.benchmark, deterministic=cudnn.deterministic, allow_tf32=False
-    ):
-        yield
 
 
 def quantisation_of(transformer: nn.Module) -> Quantisation:

@@ -26,6 +26,7 @@ from mmdiff_cache.backbones.info import (
 )
 from mmdiff_cache.backbones.weights import pipeline_of, tokenizers_of
 from mmdiff_cache.errors import BackboneError, ConfigError
+from mmdiff_cache.hub import is_repository
 
 if TYPE_CHECKING:
     import torch
@@ -39,7 +40,7 @@ GUIDANCE = 3.5
 """FLUX.1-dev's own default; the paper gives none."""
 FLUX, SD3 = "FluxPipeline", "StableDiffusion3Pipeline"
 MAX_TEXT_LENGTH = 512
-"""The longest T5 prompt that FluxPipeline takes."""
+"""The longest T5 prompt that FluxPipeline and StableDiffusion3Pipeline take."""
 SD3_TEXT_LENGTH, SD3_CLIP_TOKENS = 256, 77
 """T5 and CLIP tokens of StableDiffusion3Pipeline."""
 SD3_CFG_SCALE = 7.0
@@ -184,7 +185,7 @@ def describe(name: str) -> BackboneInfo:
     entry = BACKBONES.get(name)
     if entry is None:
         folder = Path(name).expanduser()
-        if not folder.is_dir() and weights.is_repository(name):
+        if not folder.is_dir() and is_repository(name):
             return _describe_repository(name)
         return _describe_folder(folder)
     architecture = entry.architecture or read_architecture(Path(entry.source))

@@ -81,10 +81,10 @@ class SD3Text(EncoderText):
         )
         return cast(Tensor, tokens), cast(Tensor, pooled)
 
-    def _pieces(self, word: str) -> Float[Tensor, "piece E"]:
+    def _place(self, word: str) -> slice:
         count = len(self._pipeline.tokenizer_3(word, add_special_tokens=False).input_ids)
         behind = self._pipeline.tokenizer_max_length  # the tokens of CLIP stand before those of T5
-        return self.prompt(word)[0][0, behind : behind + count]
+        return slice(behind, behind + count)
 
 
 def load_sd3(

@@ -54,14 +54,21 @@ class EncoderText(TextSource):
 
     @torch.inference_mode()
     def word(self, word: str) -> Float[Tensor, " E"]:
-        pieces = self._pieces(word)
-        if len(pieces) == 0:
+        place = self._place(word)
+        count = place.stop - place.start
+        if count == 0:
             raise ConfigError(f"concept {word!r} has no token in the text encoder")
+        if count >= self._text_length:  # the end marker takes one
+            raise ConfigError(
+                f"concept {word!r} has {count} tokens, so text_length must be at least {count + 1}, got "
+                f"{self._text_length}"
+            )
+        pieces = self.prompt(word)[0][0, place]
         return pieces.to(torch.float32).mean(dim=0).to(pieces.dtype)
 
     @abstractmethod
-    def _pieces(self, word: str) -> Float[Tensor, "piece E"]:
-        """The T5 vectors of a word's own pieces, without the end marker; none for a word without tokens."""
+    def _place(self, word: str) -> slice:
+        """Where a word's own pieces stand in its prompt's tokens, without the end marker."""
 
 
 class SavedText(TextSource):

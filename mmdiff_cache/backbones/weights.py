@@ -1,7 +1,6 @@
 """Where a backbone's weights lie, whether all of them are there, and which they are. Needs no torch."""
 
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -28,11 +27,6 @@ def locate(info: BackboneInfo, *, download: bool = False) -> Path:
     if missing := missing_file(folder):
         raise BackboneError(f"the weights of {info.name} are incomplete: {folder / missing} is missing")
     return folder
-
-
-def is_repository(name: str) -> bool:
-    """Whether a name has the form of a repository on the hub: `org/name`."""
-    return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is not None
 
 
 def locate_configs(repository: str) -> Path:

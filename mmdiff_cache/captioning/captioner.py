@@ -4,7 +4,6 @@ Any model that transformers loads for image and text, and that has a chat templa
 """
 
 import logging
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -15,9 +14,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from mmdiff_cache.backbones.pipeline import DTYPES, choose_device, quiet_loading
+from mmdiff_cache.backbones.pipeline import DTYPES, choose_device
 from mmdiff_cache.errors import BackboneError, ConfigError
-from mmdiff_cache.hub import find_snapshot, hash_files, model_files
+from mmdiff_cache.hub import find_snapshot, hash_files, is_repository, model_files
+from mmdiff_cache.pretrained import load_whole, quiet_loading
 
 logger = logging.getLogger(__name__)
 
@@ -64,13 +64,11 @@ def load_captioner(
     try:
         with quiet_loading():
             processor: Any = AutoProcessor.from_pretrained(folder, local_files_only=True)
-            model: Any = AutoModelForImageTextToText.from_pretrained(
-                folder, dtype=DTYPES[dtype], use_safetensors=True, local_files_only=True
-            )
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise BackboneError(f"the model in {folder} cannot be loaded: {error}") from error
     if getattr(processor, "chat_template", None) is None:
         raise BackboneError(f"the model in {folder} has no chat template, so it takes no instructions")
+    model = load_whole(AutoModelForImageTextToText, folder, folder.name, dtype=DTYPES[dtype])
     return Captioner(model.to(chosen).eval(), processor, max_tokens=max_tokens)
 
 
@@ -84,7 +82,7 @@ def locate_model(model: str) -> Path:
         if missing := missing_weights(folder):
             raise BackboneError(f"the files of the model are incomplete: {folder / missing} is missing")
         return folder
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
+    if not is_repository(model):
         raise ConfigError(
             f"model must be a folder or a repository such as google/gemma-3-4b-it, got {model!r}"
         )

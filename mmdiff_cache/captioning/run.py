@@ -94,12 +94,13 @@ def _open(config: CaptionConfig) -> tuple[Dataset, list[_Place]]:
     entry = find_dataset(config.dataset)
     if entry.drawn:
         raise ConfigError(f"data set {entry.name!r} has its prompts, and no pictures to describe")
+    splits = tuple(entry.splits_in(config.data_root))
     for split in config.splits or ():
-        if split not in entry.splits:
-            raise ConfigError(f"split {split!r} is not one of {entry.name}: {', '.join(entry.splits)}")
+        if split not in splits:
+            raise ConfigError(f"split {split!r} is not one of {entry.name}: {', '.join(splits)}")
     dataset = entry.open(config.data_root, entry.resolution or describe(entry.backbone).resolution)
     places: dict[str, _Place] = {}
-    for split in config.splits or tuple(entry.splits):
+    for split in config.splits or splits:
         for index, sample_id in enumerate(dataset.sample_ids(split)[: config.limit]):
             if sample_id in places:
                 raise DataError(

@@ -6,6 +6,7 @@ import logging
 import os
 import shlex
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -94,6 +95,8 @@ def main() -> None:
     handler.setFormatter(_CleanFormatter("%(levelname)s: %(message)s"))
     handler.setLevel(logging.WARNING)  # on the handler, so that a run's own log file may hold more
     logging.basicConfig(handlers=[handler])
+    # Pillow warns of pictures that are large but taken; what is too large is refused (datasets.pictures)
+    warnings.filterwarnings("ignore", message="Image size .* could be decompression bomb")
     for variable in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
         os.environ.setdefault(variable, "error")  # their advice on image processors that are never used
     sys.exit(run(sys.argv[1:]))

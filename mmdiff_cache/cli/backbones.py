@@ -47,6 +47,7 @@ def _show_one(facts: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print_json(facts)
         return
+    from mmdiff_cache.backbones.registry import BACKBONES
     from mmdiff_cache.cli.tables import facts_table, show_bytes
     from mmdiff_cache.extraction.cost import show_operations
 
@@ -58,7 +59,8 @@ def _show_one(facts: dict[str, Any], as_json: bool) -> None:
     }
     lists = {name: " ".join(map(str, value)) for name, value in facts.items() if isinstance(value, list)}
     out.print(facts_table({name.replace("_", " "): text for name, text in (facts | lists | words).items()}))
-    extract = ("extract", "--dataset", "images", "--data-root", "DIR", "--backbone", facts["name"])
+    called = facts["name"] if facts["name"] in BACKBONES else facts["source"]
+    extract = ("extract", "--dataset", "images", "--data-root", "DIR", "--backbone", called)
     next_command("mmdiff-cache", *extract)
 
 

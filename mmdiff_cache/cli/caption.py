@@ -40,7 +40,10 @@ def caption(
     say(str(captions))
     root = () if data_root is None else ("--data-root", data_root)
     splits = [word for name in split or () for word in ("--split", name)]
-    next_command("mmdiff-cache", "extract", "--dataset", dataset, *root, *splits, "--prompts", str(out))
+    first = () if config.limit is None else ("--limit", str(config.limit))
+    next_command(
+        "mmdiff-cache", "extract", "--dataset", dataset, *root, *splits, *first, "--prompts", str(out)
+    )
     if captions.unreadable:
         warn(
             f"{len(captions.unreadable)} pictures cannot be read and have no caption; 'extract' needs a line "

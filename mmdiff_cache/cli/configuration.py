@@ -113,5 +113,7 @@ def parse_vocabularies(options: Sequence[str] | None) -> dict[str, list[str]] | 
             raise ConfigError(
                 f"--concepts needs NAME=WORD,WORD,..., one of {', '.join(PRESETS)}, or none; got {option!r}"
             )
+        if name.strip() in vocabularies:
+            raise ConfigError(f"--concepts gives {name.strip()!r} twice; every vocabulary needs its own name")
         vocabularies[name.strip()] = parse_list(words) or [] if equals else list(PRESETS[name])
     return vocabularies

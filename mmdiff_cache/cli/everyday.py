@@ -5,7 +5,7 @@ Everything heavy is imported inside the commands, so that `--help` stays quick.
 """
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,6 +13,9 @@ from mmdiff_cache.cli.configuration import compose, parse_list, parse_numbers, p
 from mmdiff_cache.cli.console import next_command, print_json, progress_bar, say, warn
 from mmdiff_cache.config import ExtractConfig, TrainConfig
 from mmdiff_cache.errors import ConfigError
+
+if TYPE_CHECKING:
+    from mmdiff_cache.extraction.plan import ExtractionPlan
 
 SOME_FAILED = 3
 
@@ -124,7 +127,7 @@ def extract(
 ) -> None:
     """Stage one: run the backbone once over a data set and keep its features. Safe to stop and run again."""
     import mmdiff_cache as mm
-    from mmdiff_cache.extraction.placement import open_cluster
+    from mmdiff_cache.extraction.plan import on_workers, with_time
 
     flags = {
         "dataset": dataset,
@@ -149,26 +152,40 @@ def extract(
     }
     chosen_mode = [] if mode is None else [f"generation.mode={mode}"]
     plan = mm.plan(compose(ExtractConfig, "extract", config, flags, [*chosen_mode, *(set_ or [])]))
+    if scheduler is None:
+        plan = on_workers(plan, workers)
     if dry_run:
-        from mmdiff_cache.extraction.plan import with_time
+        say(str(with_time(plan)))
+    else:
+        say(str(plan))
+        _carry_out(plan, workers, scheduler, append=append, force=force, profile=profile)
 
-        say(str(with_time(plan, workers)))
-        return
+
+def _carry_out(
+    plan: "ExtractionPlan",
+    workers: int | None,
+    scheduler: str | None,
+    *,
+    append: bool,
+    force: bool,
+    profile: bool,
+) -> None:
+    """Extract as planned, and say what came of it."""
+    import mmdiff_cache as mm
+    from mmdiff_cache.extraction.placement import open_cluster
     from mmdiff_cache.extraction.profile import Profile
 
     spent = Profile(on=profile)
-    say(str(plan))
     with open_cluster(plan.config, workers, scheduler) as client:
         if client is not None and client.dashboard_link:
             say(f"{'dashboard':<10} {client.dashboard_link}")
         with progress_bar("extract") as advance:
-            alone = 0 if client is None else None  # where it runs is decided by now
             written = mm.extract(
                 plan,
                 progress=advance,
                 append=append,
                 force=force,
-                workers=alone,
+                workers=0 if client is None else None,  # where it runs is decided by now
                 client=client,
                 profile=spent,
             )

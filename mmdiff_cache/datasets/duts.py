@@ -5,9 +5,9 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from mmdiff_cache.datasets.pairs import Pair, PairedFiles, first_folder
+from mmdiff_cache.datasets.pictures import ALPHA_MODES, EIGHT_BIT_MODES, opened
 from mmdiff_cache.errors import DataError
 from mmdiff_cache.records import LabelSpec
 
@@ -26,7 +26,7 @@ def open_duts(data_root: str | None, resolution: int) -> PairedFiles:
     """
     root = first_folder(data_root, "duts", ("", "DUTS"), PARTS["test"], SOURCE)
     splits = {split: partial(_pairs, root / part, part) for split, part in PARTS.items()}
-    return PairedFiles(LABEL, _canvas(root), splits, read_mask)
+    return PairedFiles(LABEL, _canvas(root), splits, read_mask, SOURCE)
 
 
 def _pairs(folder: Path, part: str) -> list[Pair]:
@@ -49,16 +49,15 @@ def _canvas(root: Path) -> tuple[int, int]:
 
 def _size(mask: Path) -> tuple[int, int]:
     try:
-        with Image.open(mask) as picture:
+        with opened(mask) as picture:
             return picture.height, picture.width
-    except (OSError, SyntaxError):
+    except DataError:
         return 1, 1  # the sample itself says what is wrong with it
 
 
 def read_mask(file: Path) -> NDArray[np.generic]:
-    """1 where salient, else 0, [H W] uint8. Raises DataError for what is no grey or colour PNG."""
-    try:
-        with Image.open(file) as picture:
-            return (np.asarray(picture.convert("L")) > THRESHOLD).astype(np.uint8)
-    except (OSError, SyntaxError, ValueError) as error:
-        raise DataError(f"{file}: no mask can be read from it ({error}); get the file again") from error
+    """1 where salient, else 0, [H W] uint8. Raises DataError for what is no 8-bit grey or colour PNG."""
+    with opened(file) as picture:
+        if picture.mode not in EIGHT_BIT_MODES | ALPHA_MODES:
+            raise DataError(f"{file}: pixels of type {picture.mode}; DUTS masks have 8 bits")
+        return (np.asarray(picture.convert("L")) > THRESHOLD).astype(np.uint8)

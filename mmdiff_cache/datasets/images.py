@@ -7,12 +7,25 @@ from functools import cached_property
 from pathlib import Path
 
 from mmdiff_cache.datasets.base import Dataset, safe_id
-from mmdiff_cache.datasets.listed import DEFAULT_SPLIT, ListedImages, find_list, read_rows, splits_of
+from mmdiff_cache.datasets.listed import (
+    DEFAULT_SPLIT,
+    LABELS,
+    LISTS,
+    ListedImages,
+    find_list,
+    read_rows,
+    splits_of,
+)
 from mmdiff_cache.datasets.pictures import read_picture
 from mmdiff_cache.errors import ConfigError, DataError
 from mmdiff_cache.records import Sample
 
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
+SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"})
+OTHERS = frozenset(
+    {".heic", ".heif", ".jp2", ".j2k", ".jxl", ".ppm", ".pgm", ".tga", ".psd", ".exr", ".hdr", ".svg"}
+    | {".raw", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2"}
+)
+"""Pictures that are not read, and are named so that nobody takes them for extracted."""
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +61,11 @@ class ImageFolder(Dataset):
     def _files(self) -> dict[str, Path]:
         files: dict[str, Path] = {}
         folded: dict[str, str] = {}
-        for path in _walk(self.root):
+        found = list(_walk(self.root))
+        _name_left_out([path for path in found if path.suffix.lower() in OTHERS])
+        for path in found:
+            if path.suffix.lower() not in SUFFIXES:
+                continue
             sample_id = safe_id(path.relative_to(self.root))
             twin = folded.setdefault(sample_id.casefold(), sample_id)
             if sample_id in files or twin != sample_id:
@@ -79,6 +96,10 @@ def open_folder(data_root: str | None, resolution: int) -> Dataset:
     if not root.is_dir():
         raise DataError(f"{root} is not a folder; --data-root must name a folder of pictures")
     file = find_list(root)
+    if file is None and (root / LABELS).is_file():
+        logger.warning(
+            "%s is not used: no %s says which file is a picture's label", root / LABELS, " or ".join(LISTS)
+        )
     return ImageFolder(root) if file is None else ListedImages(root, file)
 
 
@@ -100,5 +121,12 @@ def _walk(root: Path) -> Iterator[Path]:
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
         for name in names:
             path = Path(folder, name)
-            if not name.startswith(".") and path.suffix.lower() in SUFFIXES:
+            if not name.startswith(".") and path.suffix.lower() in SUFFIXES | OTHERS:
                 yield path
+
+
+def _name_left_out(files: Sequence[Path]) -> None:
+    if files:
+        others = f" and {len(files) - 1} more" if len(files) > 1 else ""
+        read = ", ".join(sorted(SUFFIXES))
+        logger.warning("%s%s left out: pictures are read from %s; convert it first", min(files), others, read)

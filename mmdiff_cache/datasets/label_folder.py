@@ -8,9 +8,8 @@ from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
-from mmdiff_cache.datasets.pictures import MAX_PIXELS
+from mmdiff_cache.datasets.pictures import MAX_PIXELS, opened
 from mmdiff_cache.errors import ConfigError, DataError
 from mmdiff_cache.records import LabelKind, LabelSpec
 
@@ -74,12 +73,12 @@ class LabelFolder:
 
     def size(self, file: Path) -> tuple[int, int]:
         """Rows and columns of a label map, read off its header. Raises DataError for what is no label map."""
-        with _readable(file):
-            if file.suffix == ".npy":
+        if file.suffix == ".npy":
+            with _readable(file):
                 shape = np.load(file, mmap_mode="r", allow_pickle=False).shape
-            else:
-                with Image.open(file) as picture:
-                    shape = (picture.height, picture.width)
+        else:
+            with opened(file) as picture:
+                shape = (picture.height, picture.width)
         if len(shape) != 2 or not 0 < shape[0] * shape[1] <= MAX_PIXELS:
             raise DataError(
                 f"{file}: a label map has two axes and at most {MAX_PIXELS:,} pixels, got {shape}"
@@ -89,8 +88,7 @@ class LabelFolder:
     def load(self, file: Path) -> NDArray[Any]:
         """A label map as it is stored: uint8 ids or float32 metres. Raises DataError if it does not fit."""
         self.size(file)
-        with _readable(file):
-            values = np.load(file, allow_pickle=False) if file.suffix == ".npy" else self._decode(file)
+        values = _load_array(file) if file.suffix == ".npy" else self._decode(file)
         if self.spec.kind == "depth":
             return self._metres(file, values)
         if values.dtype.kind not in "uib" or values.min() < 0 or values.max() > 255:
@@ -102,7 +100,7 @@ class LabelFolder:
 
     def _decode(self, file: Path) -> NDArray[Any]:
         wanted = DEPTH_MODES if self.spec.kind == "depth" else ID_MODES
-        with Image.open(file) as picture:
+        with opened(file) as picture:
             if picture.mode not in wanted:
                 raise DataError(
                     f"{file}: pixels of type {picture.mode}; labels of kind {self.spec.kind} need one of "
@@ -116,12 +114,15 @@ class LabelFolder:
         return (values.astype(np.float64) * self.scale).astype(np.float32)
 
 
+def _load_array(file: Path) -> NDArray[Any]:
+    with _readable(file):
+        return np.load(file, allow_pickle=False)
+
+
 @contextmanager
 def _readable(file: Path) -> Generator[None]:
-    """Turn what a decoder raises into a DataError with the file's name."""
+    """Turn what numpy raises about an array file into a DataError with the file's name."""
     try:
         yield
-    except DataError:
-        raise
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError, SyntaxError, EOFError) as error:
         raise DataError(f"{file}: cannot be read as a label map ({error})") from error

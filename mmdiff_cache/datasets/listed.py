@@ -50,7 +50,8 @@ class ListedImages(Dataset):
         rows = read_rows(file, tuple(self._readers))
         self._rows = {split: [row for row in rows if row.split == split] for split in splits_of(rows)}
         self.label_specs = tuple(reader.spec for reader in self._readers.values())
-        check_files(path for row in rows for path in (row.image, *row.labels.values()))
+        files = (path for row in rows for path in (row.image, *row.labels.values()))
+        check_files(files, f"{file} lists it: add it, or take out its row")
         self.canvas = self._largest(rows)
 
     def sample_ids(self, split: str) -> Sequence[str]:
@@ -96,8 +97,8 @@ def splits_of(rows: Sequence[Row]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(row.split for row in rows))
 
 
-def read_rows(file: Path, labels: Sequence[str] = ()) -> list[Row]:
-    """The rows of a list, with the files of these label sets.
+def read_rows(file: Path, labels: Sequence[str] | None = None) -> list[Row]:
+    """The rows of a list, with the files of these label sets; None leaves all labels aside.
 
     Raises DataError naming the line for what cannot be used: a path that leaves the folder, a picture that is
     listed twice, a row without a label file.
@@ -107,16 +108,17 @@ def read_rows(file: Path, labels: Sequence[str] = ()) -> list[Row]:
     unused: set[str] = set()
     for number, values in _parse(file):
         where = f"{file}, line {number}"
-        row = _row(values, file.parent, labels, where)
+        row = _row(values, file.parent, labels or (), where)
         if row.sample_id in lines:
             raise DataError(f"{where}: {row.sample_id!r} is listed already (line {lines[row.sample_id]})")
         lines[row.sample_id] = number
         rows.append(row)
-        unused |= values.keys() - {"file_name", "split", "prompt", *labels}
+        unused |= values.keys() - {"file_name", "split", "prompt", *(labels or ())}
     if not rows:
         raise DataError(f"{file} lists no pictures; each row has at least a file_name")
-    if unused:
-        logger.warning("%s: not used: %s (%s describes no such label)", file, ", ".join(unused), LABELS)
+    if unused and labels is not None:
+        names = ", ".join(sorted(unused))
+        logger.warning("%s: not used: %s (%s describes no such label)", file, names, LABELS)
     return rows
 
 

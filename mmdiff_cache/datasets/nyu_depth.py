@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from mmdiff_cache.datasets.base import Dataset
 from mmdiff_cache.datasets.pairs import Pair, PairedFiles, first_folder, load_mat, read_lines
+from mmdiff_cache.datasets.pictures import opened
 from mmdiff_cache.errors import ConfigError, DataError
 from mmdiff_cache.records import LabelSpec, Sample
 
@@ -40,7 +40,7 @@ def open_bts(data_root: str | None, resolution: int) -> PairedFiles:
     """Open the folder with BTS's lists. Raises ConfigError without a root, DataError if it lacks them."""
     root = first_folder(data_root, "nyu", ("", "nyu_depth_v2"), LIST, BTS_SOURCE)
     splits = {"train": partial(_listed, root, LIST), "test": partial(_listed, root, TEST_LIST)}
-    return PairedFiles(LABEL, CANVAS, splits, read_depth)
+    return PairedFiles(LABEL, CANVAS, splits, read_depth, BTS_SOURCE)
 
 
 def _listed(root: Path, name: str) -> list[Pair]:
@@ -62,13 +62,10 @@ def _listed(root: Path, name: str) -> list[Pair]:
 
 def read_depth(file: Path) -> NDArray[np.generic]:
     """Metres [H W] float32 from a 16-bit PNG in millimetres. Raises DataError for another type of picture."""
-    try:
-        with Image.open(file) as picture:
-            if picture.mode not in ("I;16", "I"):
-                raise DataError(f"{file}: pixels of type {picture.mode}, not 16-bit millimetres")
-            return (np.asarray(picture, np.float64) / 1000).astype(np.float32)
-    except (OSError, SyntaxError, ValueError) as error:
-        raise DataError(f"{file}: no depth can be read from it ({error}); get the file again") from error
+    with opened(file) as picture:
+        if picture.mode not in ("I;16", "I"):
+            raise DataError(f"{file}: pixels of type {picture.mode}, not 16-bit millimetres")
+        return (np.asarray(picture, np.float64) / 1000).astype(np.float32)
 
 
 class LabelledNyu(Dataset):
@@ -84,8 +81,9 @@ class LabelledNyu(Dataset):
 
     def load(self, split: str, index: int) -> Sample:
         frame = self._frames(split)[index]
+        images, depths = self._variable("images"), self._variable("rawDepths")
         try:
-            image, depth = self._file["images"][frame], self._file["rawDepths"][frame]
+            image, depth = images[frame], depths[frame]
         except (OSError, KeyError, ValueError) as error:
             raise DataError(
                 f"{self._path}: frame {frame} cannot be read ({error}); get the file again"
@@ -107,6 +105,11 @@ class LabelledNyu(Dataset):
         except OSError as error:
             raise DataError(f"{self._path} cannot be read ({error}); {MAT_SOURCE}") from error
 
+    def _variable(self, name: str) -> Any:
+        if name not in self._file:
+            raise DataError(f"{self._path} has no {name}; {MAT_SOURCE}")
+        return self._file[name]
+
     def _frames(self, split: str) -> Sequence[int]:
         if split not in self._splits:
             raise ConfigError(f"split {split!r} is not one of {', '.join(self._splits)}")
@@ -115,20 +118,24 @@ class LabelledNyu(Dataset):
     @cached_property
     def scenes(self) -> list[str]:
         """The scene of every frame, such as `kitchen_0004`."""
-        names = self._file["scenes"]
+        names = self._variable("scenes")
         return [
             "".join(map(chr, np.asarray(self._file[reference]).ravel())) for reference in names[:].ravel()
         ]
 
     @cached_property
     def official(self) -> Mapping[str, list[int]]:
-        """The frames of the official split, counted from 0."""
+        """The frames of the official split, counted from 0, every frame in one half."""
         file = self._path.with_name(SPLITS)
         content, keys = load_mat(file, MAT_SOURCE), {"train": "trainNdxs", "test": "testNdxs"}
         try:
-            return {split: sorted(int(n) - 1 for n in content[key].ravel()) for split, key in keys.items()}
+            frames = {split: sorted(int(n) - 1 for n in content[key].ravel()) for split, key in keys.items()}
         except (KeyError, ValueError) as error:
             raise DataError(f"{file} has no {error}; {MAT_SOURCE}") from error
+        count = len(self._variable("images"))
+        if sorted([*frames["train"], *frames["test"]]) != list(range(count)):
+            raise DataError(f"{file} must list each of the {count:,} frames once; {MAT_SOURCE}")
+        return frames
 
     @cached_property
     def by_scene(self) -> Mapping[str, list[int]]:

@@ -34,9 +34,11 @@ class PairedFiles(Dataset):
         canvas: tuple[int, int],
         splits: Mapping[str, Callable[[], Sequence[Pair]]],
         read_label: Callable[[Path], NDArray[np.generic]],
+        source: str,
     ) -> None:
+        """`source` says where the files are to be had."""
         self.label_specs, self.canvas = (spec,), canvas
-        self._splits, self._read_label = splits, read_label
+        self._splits, self._read_label, self._source = splits, read_label, source
         self._pairs = cache(self._list)
 
     def sample_ids(self, split: str) -> Sequence[str]:
@@ -54,18 +56,18 @@ class PairedFiles(Dataset):
         if split not in self._splits:
             raise ConfigError(f"split {split!r} is not one of {', '.join(self._splits)}")
         pairs = tuple(self._splits[split]())
-        check_files(file for pair in pairs for file in (pair.image, pair.label))
+        check_files((file for pair in pairs for file in (pair.image, pair.label)), self._source)
         return pairs
 
 
-def check_files(files: Iterable[Path]) -> None:
-    """Raise DataError naming the first file that is not there; every folder is listed once."""
+def check_files(files: Iterable[Path], remedy: str) -> None:
+    """Raise DataError naming the first file that is not there, with what to do; folders are listed once."""
     names: dict[Path, set[str]] = {}
     for file in files:
         if file.parent not in names:
             names[file.parent] = set(os.listdir(file.parent)) if file.parent.is_dir() else set()
         if file.name not in names[file.parent]:
-            raise DataError(f"{file} is missing; the data set is not complete")
+            raise DataError(f"{file} is missing; {remedy}")
 
 
 def first_folder(root: str | None, name: str, below: Sequence[str], holds: str, source: str) -> Path:

@@ -1,6 +1,8 @@
 """Reading one picture file into RGB, or saying clearly why it cannot be used."""
 
 import struct
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -22,10 +24,21 @@ def read_picture(path: Path) -> NDArray[np.uint8]:
     more than 100 megapixels (checked before decoding), 16-bit grey and floating-point ones (their range is
     not known), animations, and files that are cut off or no pictures at all.
     """
+    with opened(path) as picture:
+        _check(picture, path)
+        return np.asarray(_to_rgb(ImageOps.exif_transpose(picture)))
+
+
+@contextmanager
+def opened(path: Path) -> Generator[Image.Image]:
+    """A picture or label map for decoding; whatever goes wrong with it is a DataError that names the file.
+
+    Refuses more than 100 megapixels by the header alone, before any pixel is decoded.
+    """
     try:
         with Image.open(path) as picture:
-            _check(picture, path)
-            return np.asarray(_to_rgb(ImageOps.exif_transpose(picture)))
+            _check_size(picture, path)
+            yield picture
     except Image.DecompressionBombError as error:
         raise DataError(
             f"{path}: larger than {MAX_PIXELS // 1_000_000} megapixels; scale it down first"
@@ -38,14 +51,17 @@ def read_picture(path: Path) -> NDArray[np.uint8]:
         raise DataError(f"{path}: cannot be decoded, perhaps cut off ({error}); replace the file") from error
 
 
-def _check(picture: Image.Image, path: Path) -> None:
-    """Refuse by the header alone, before any pixel is decoded."""
+def _check_size(picture: Image.Image, path: Path) -> None:
     width, height = picture.size
     if width * height > MAX_PIXELS:
         raise DataError(
             f"{path}: {width} x {height} is {width * height / 1e6:.0f} megapixels, "
             f"the limit is {MAX_PIXELS // 1_000_000}; scale it down first"
         )
+
+
+def _check(picture: Image.Image, path: Path) -> None:
+    """Refuse what is no single picture of 8 bits a channel, by the header alone."""
     if (
         getattr(picture, "is_animated", False) and picture.format != "MPO"
     ):  # MPO: a photograph with a preview behind it

@@ -8,8 +8,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from mmdiff_cache.config import Fit
+from mmdiff_cache.datasets.pictures import MAX_PIXELS
 from mmdiff_cache.errors import DataError
-from mmdiff_cache.fitting import PAD, to_network
+from mmdiff_cache.fitting import PAD, asked_size, to_network
 from mmdiff_cache.records import LabelSpec, PreparedSample, Sample
 
 
@@ -21,8 +22,14 @@ def prepare(
     `specs` describe the sample's labels, whose fill values their margins hold. Pictures are filtered
     (Lanczos, with a support that grows when shrinking, so nothing aliases); labels take the nearest pixel. A
     sample that already has the size is passed through unchanged. Raises DataError for a label of another size
-    than its picture.
+    than its picture, and for margins that would make more than 100 megapixels of it.
     """
+    rows, columns = asked_size((sample.image.shape[0], sample.image.shape[1]), fit)
+    if rows * columns > MAX_PIXELS:
+        raise DataError(
+            f"{sample.sample_id}: {_size(sample.image)} with margins is {rows * columns / 1e6:.0f} "
+            f"megapixels, the limit is {MAX_PIXELS // 1_000_000}; scale it down first, or take another --fit"
+        )
     for name, label in sample.labels.items():
         if label.shape != sample.image.shape[:2]:
             raise DataError(

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from mmdiff_cache.datasets.pairs import Pair, PairedFiles, first_folder, load_mat, read_lines
+from mmdiff_cache.datasets.pictures import opened
 from mmdiff_cache.errors import DataError
 from mmdiff_cache.records import LabelSpec
 
@@ -43,6 +43,7 @@ class Voc(PairedFiles):
             (LARGEST_SIDE, LARGEST_SIDE),
             {"train": self._training, "val": self._validation},
             read_mask,
+            f"{VOC_SOURCE}; {SBD_SOURCE}",
         )
         self._root, self._base = root, base
 
@@ -100,21 +101,23 @@ def read_mask(file: Path) -> NDArray[np.generic]:
 
 
 def _read_png(file: Path) -> NDArray[np.generic]:
-    try:
-        with Image.open(file) as picture:
-            if picture.mode not in ("P", "L"):
-                raise DataError(
-                    f"{file}: pixels of type {picture.mode}; VOC masks are palette PNG, indices are ids"
-                )
-            return np.asarray(picture)
-    except (OSError, SyntaxError, ValueError) as error:
-        raise DataError(f"{file}: no mask can be read from it ({error}); get the file again") from error
+    with opened(file) as picture:
+        if picture.mode not in ("P", "L"):
+            raise DataError(
+                f"{file}: pixels of type {picture.mode}; VOC masks are palette PNG, indices are ids"
+            )
+        return np.asarray(picture)
 
 
 def _read_mat(file: Path) -> NDArray[np.generic]:
     content = load_mat(file, "get the file again")
     try:
-        return np.asarray(content["GTcls"]["Segmentation"][0, 0], np.uint8)
+        values = np.asarray(content["GTcls"]["Segmentation"][0, 0])
     except (KeyError, IndexError, ValueError, TypeError) as error:
         names = ", ".join(name for name in content if not name.startswith("__"))
         raise DataError(f"{file}: has no GTcls with a Segmentation, but {names or 'nothing'}") from error
+    if values.ndim != 2 or not np.can_cast(values.dtype, np.uint8):
+        raise DataError(
+            f"{file}: Segmentation must be uint8 with two axes, got {values.dtype} {values.shape}"
+        )
+    return values.astype(np.uint8)

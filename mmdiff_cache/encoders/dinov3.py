@@ -9,14 +9,13 @@ from typing import Any, cast
 import torch
 from einops import rearrange
 from jaxtyping import Float32, UInt8
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers.models.dinov3_vit.modeling_dinov3_vit import DINOv3ViTLayer, DINOv3ViTModel
-from transformers.utils import logging as transformers_logging
 
 from mmdiff_cache.encoders.info import EncoderInfo
 from mmdiff_cache.encoders.weights import PROCESSOR, hash_encoder, read_json
 from mmdiff_cache.errors import BackboneError
+from mmdiff_cache.pretrained import full_precision_convolutions, load_whole
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +46,7 @@ class DINOv3:
             outputs.append(output[0] if isinstance(output, tuple) else output)
 
         with ExitStack() as stack:
-            stack.enter_context(_full_precision_convolutions())
+            stack.enter_context(full_precision_convolutions())
             for block in self._tapped:
                 stack.callback(block.register_forward_hook(cast(Callable[..., None], keep)).remove)
             self._model(rearrange(pixels, "B H W c -> B c H W"))
@@ -60,22 +59,7 @@ class DINOv3:
 def load_dinov3(info: EncoderInfo, folder: Path, *, device: str | torch.device) -> DINOv3:
     """The model in a folder, on a device. Raises BackboneError when its weights cannot be used."""
     logger.info("loading %s from %s: float32, %s", info.name, folder, device)
-    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        model, found = cast(Any, DINOv3ViTModel).from_pretrained(
-            folder, dtype=torch.float32, use_safetensors=True, local_files_only=True, output_loading_info=True
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise BackboneError(f"the weights of {info.name} in {folder} cannot be loaded: {error}") from error
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if bars:
-            transformers_logging.enable_progress_bar()
-    # transformers fills what a file lacks with random numbers
-    if lacking := sorted([*found["missing_keys"], *found["mismatched_keys"]], key=str):
-        raise BackboneError(f"the weights of {info.name} in {folder} lack {lacking[0]}")
+    model = load_whole(DINOv3ViTModel, folder, info.name, dtype=torch.float32)
     return DINOv3(info, model.to(device), folder=folder)
 
 
@@ -93,11 +77,3 @@ def _normalisation(folder: Path) -> tuple[float, Tensor, Tensor]:
     if steps != [True, True] or mean.shape != (3,) or deviation.shape != (3,):
         raise BackboneError(f"{folder / PROCESSOR} must rescale and normalise three channels")
     return factor, mean, deviation
-
-
-def _full_precision_convolutions() -> Any:
-    """Keep a GPU from rounding the patch embedding to TF32."""
-    cudnn = torch.backends.cudnn
-    return cudnn.flags(
-        enabled=cudnn.enabled, benchmark=cudnn.benchmark, deterministic=cudnn.deterministic, allow_tf32=False
-    )

@@ -7,8 +7,18 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from mmdiff_cache.errors import BackboneError
+
 Rotary = tuple[Tensor, Tensor]
 """Cosines and sines of the angles of all tokens of a pass, image tokens last."""
+
+
+def check_uncompiled(block: nn.Module) -> None:
+    """Raise BackboneError for a compiled block, which never calls the hooks that are put in later."""
+    if getattr(block, "_compiled_call_impl", None) is not None:
+        raise BackboneError(
+            "concept maps and cross-attention need uncompiled double blocks; compile the single blocks only"
+        )
 
 
 def head_size(attn: Any) -> int:

@@ -21,11 +21,15 @@ from mmdiff_cache.extraction import preload
 from mmdiff_cache.extraction.identity import Surroundings, surroundings
 from mmdiff_cache.extraction.remote import Place, check_surroundings, place
 
+logger = logging.getLogger(__name__)
+
 LOOPBACK = "127.0.0.1"
 PARTITIONS_A_WORKER = 2
 """While one partition is committed, the next one computes."""
 START_SECONDS = 300.0
 """How long workers may take to appear."""
+STARTS = 3
+"""How often a cluster is begun whose processes die while they start."""
 SURVEYS = 3
 """How often workers are asked, when some die or leave while they are."""
 SETTINGS: Mapping[str, Any] = {
@@ -53,11 +57,26 @@ def own_cluster(workers: int, gpus: Sequence[str]) -> Generator[Client]:
         scheduler = {"host": LOOPBACK, "dashboard_address": f"{LOOPBACK}:0"}
         with (
             dask.config.set({**SETTINGS, "temporary-directory": scratch}),
-            SpecCluster(spec, {"cls": Scheduler, "options": scheduler}) as cluster,
+            _start(spec, {"cls": Scheduler, "options": scheduler}) as cluster,
             Client(cluster) as client,
         ):
             _wait_for(client, workers)
             yield client
+
+
+def _start(workers: dict[int, dict[str, Any]], scheduler: dict[str, Any]) -> SpecCluster:
+    """Processes that die before they are there are not started again by dask, which gives up the cluster."""
+    last: RuntimeError | None = None
+    for attempt in range(1, STARTS + 1):
+        try:
+            return SpecCluster(workers, scheduler)
+        except RuntimeError as error:
+            logger.warning("a worker died while it started (attempt %d of %d)", attempt, STARTS)
+            last = error
+    raise ClusterRefused(
+        f"in each of {STARTS} attempts a worker process died while it started ({last}); has this machine "
+        "memory for so many processes? Start fewer with --workers"
+    ) from last
 
 
 def _worker(gpu: str | None) -> dict[str, Any]:

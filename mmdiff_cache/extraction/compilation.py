@@ -11,15 +11,15 @@ from mmdiff_cache.errors import BackboneError
 
 
 def compile_blocks(
-    blocks: Mapping[str, BlockSlot], *, concepts: bool, compiler: str = "inductor"
+    blocks: Mapping[str, BlockSlot], *, read_inside: bool, compiler: str = "inductor"
 ) -> tuple[str, ...]:
     """Compile every block when it is first called; returns the addresses of those that will be.
 
     Blocks of one kind and layout of inputs share one graph, and taps stay outside of it.
-    With `concepts` the double blocks stay as they are, for the concept stream reads inside them. Values
-    differ from those of plain blocks by rounding.
+    With `read_inside` the double blocks stay as they are, for the concept stream and the reader of
+    cross-attention hook what is in them. Values differ from those of plain blocks by rounding.
     """
-    chosen = [address for address in blocks if not (concepts and address.startswith("double."))]
+    chosen = [address for address in blocks if not (read_inside and address.startswith("double."))]
     for address in chosen:
         blocks[address].block.compile(backend=compiler)
     return tuple(chosen)

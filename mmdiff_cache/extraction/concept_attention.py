@@ -17,8 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mmdiff_cache.backbones.base import BlockSlot
-from mmdiff_cache.errors import BackboneError
-from mmdiff_cache.extraction.attention import Rotary, head_size, rotated, split_heads
+from mmdiff_cache.extraction.attention import Rotary, check_uncompiled, head_size, rotated, split_heads
 from mmdiff_cache.extraction.taps import BlockCall, observing
 
 
@@ -119,8 +118,7 @@ class _AttentionRecorder:
     @contextmanager
     def attached(self) -> Generator[None]:
         """Record while the context lasts. A compiled block hides its insides and raises BackboneError."""
-        if getattr(self._block, "_compiled_call_impl", None) is not None:
-            raise BackboneError("concept maps need uncompiled double blocks; compile the single blocks only")
+        check_uncompiled(self._block)
         attn = cast(Any, self._block).attn
         handles = [
             attn.to_k.register_forward_hook(self._keep_output("keys")),

@@ -6,7 +6,7 @@ from mmdiff_cache.backbones.info import BackboneInfo
 from mmdiff_cache.config import ExtractConfig, filled
 from mmdiff_cache.extraction.measured import Figure, known_speed, machine_of
 
-TIMED = "timed: two of its blocks with random weights, nothing else"
+TIMED = "timed: two of its blocks with random weights; VAE, concepts, encoders and disk come on top"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,20 +1,18 @@
-"""The workers of a dask cluster as a crew that takes partitions, and a run of stage one on them."""
+"""The workers of a dask cluster as a crew that takes partitions."""
 
-import hashlib
 import logging
-import os
 import secrets
+import statistics
 import time
-from collections.abc import Collection, Generator, Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import CancelledError
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from contextlib import suppress
 from typing import Any, cast
 
 import distributed
 from distributed import Client, Future, KilledWorker
 
-from mmdiff_cache.errors import ClusterError, ClusterRefused, ExtractionError
+from mmdiff_cache.errors import ClusterError, ClusterRefused, StorageError
 from mmdiff_cache.extraction.cluster import PARTITIONS_A_WORKER
 from mmdiff_cache.extraction.dispatch import (
     GLANCE_SECONDS,
@@ -25,16 +23,9 @@ from mmdiff_cache.extraction.dispatch import (
     Outcome,
     Task,
     Troubled,
-    dispatch,
 )
-from mmdiff_cache.extraction.identity import Surroundings
-from mmdiff_cache.extraction.plan import ExtractionPlan
-from mmdiff_cache.extraction.remote import Job, digest, extract_partition, prepare
-from mmdiff_cache.records import Progress
-from mmdiff_cache.store.files import STAGING, clear_staging, write_durably
-from mmdiff_cache.store.manifest import MANIFEST
+from mmdiff_cache.extraction.remote import Job, encode_text, extract_partition, prepare
 from mmdiff_cache.store.records import Partition
-from mmdiff_cache.store.writer import StoreWriter
 
 logger = logging.getLogger(__name__)
 
@@ -42,8 +33,11 @@ LONELY_SECONDS = 300.0
 """A cluster that has had no worker for so long is lost."""
 ANSWER_SECONDS = 30.0
 """How long a worker may take to hand over what a task returned."""
-NAMED = 5
-"""How many failed partitions are named; the log names all."""
+HUNG_SECONDS = 1800.0
+HUNG_TIMES = 8.0
+"""A partition under way for so long, and for so many times as long as the median one, has hung."""
+RESTART_SECONDS = 60.0
+"""How long a process that hangs may take to be replaced."""
 LOST = "run the same command again: finished partitions are kept"
 
 
@@ -57,6 +51,8 @@ class DaskCrew(Crew):
         self._client, self._job = client, job
         self._run = secrets.token_hex(4)
         self._under_way: dict[Future[Any], Task] = {}
+        self._begun: dict[Future[Any], float] = {}
+        self._took: list[float] = []
         self._last_seen = time.monotonic()
         self._present: set[str] = set()
         self.size()
@@ -84,6 +80,7 @@ class DaskCrew(Crew):
             extract_partition, self._job, task.partition, task.again, key=key, pure=False, retries=0
         )
         self._under_way[future] = task
+        self._begun[future] = time.monotonic()
 
     def wait(self, seconds: float) -> list[tuple[Task, Outcome]]:
         _wait_for_first(self._under_way, seconds)
@@ -92,13 +89,60 @@ class DaskCrew(Crew):
             with suppress(TimeoutError):  # its worker died with the answer: dask asks another one
                 outcome = _outcome(future)
                 ended.append((self._under_way.pop(future), outcome))
+                begun = self._begun.pop(future)
+                if isinstance(outcome, Finished):
+                    self._took.append(time.monotonic() - begun)
                 future.release()
-        return ended
+        return ended or self._end_hung()
+
+    def _end_hung(self) -> list[tuple[Task, Outcome]]:
+        """Replace the process of a partition that has hung, as in a GPU's driver: it still says it is alive.
+
+        Nothing has, as long as nothing has finished: nobody knows how long it takes.
+        """
+        if not self._took:
+            return []
+        limit = max(HUNG_SECONDS, HUNG_TIMES * statistics.median(self._took))
+        late = {f.key for f, begun in self._begun.items() if time.monotonic() - begun > limit}
+        if not late:
+            return []
+        taken = cast(dict[str, Sequence[str]], self._client.processing())
+        address = next((worker for worker, keys in taken.items() if late & {*keys}), None)
+        if address is None:  # it waits for a worker, and is in nobody's hands
+            self._begun |= dict.fromkeys([f for f in self._begun if f.key in late], time.monotonic())
+            return []
+        logger.error("worker %s hangs: a partition took more than %.0f s; it is replaced", address, limit)
+        lost = [future for future in self._under_way if future.key in taken[address]]
+        self._client.cancel(lost, force=True)
+        self._replace(address)
+        for future in lost:
+            self._begun.pop(future)
+        return [(self._under_way.pop(future), Died()) for future in lost]
+
+    def _replace(self, address: str) -> None:
+        try:
+            self._client.restart_workers([address], timeout=RESTART_SECONDS, raise_for_error=False)
+        except ValueError:  # it has no nanny to kill it and start another
+            self._client.retire_workers([address])
 
     def abandon(self) -> None:
         with suppress(Exception):  # the cluster may be what went wrong
             self._client.cancel(list(self._under_way), force=True)
         self._under_way.clear()
+        self._begun.clear()
+
+    def encode_text(self, pending: Sequence[Partition]) -> None:
+        """Have one worker encode all prompts. Raises as `prepare` does."""
+        key = f"mmdiff-{self._run}-text"
+        future = self._client.submit(encode_text, self._job, list(pending), key=key, retries=0)
+        while not future.done():
+            self.size()  # raises when nobody is left to wait for
+            _wait_for_first([future])
+        if not _is_ready(future, "that encodes the prompts"):
+            raise ClusterRefused(
+                "workers died while they encoded the prompts; have they enough memory for the text encoders?"
+            )
+        future.release()
 
     def prepare(self) -> None:
         """Have every worker make its plan and load its model now, to hear of a trouble before the work.
@@ -162,109 +206,10 @@ def _is_ready(future: Future[Any], address: str) -> bool:
         future.result(timeout=ANSWER_SECONDS)
     except (KilledWorker, TimeoutError):
         return False
-    except ClusterRefused:
+    except (ClusterRefused, StorageError):
         raise
     except CancelledError as error:
         raise ClusterError(f"the scheduler was lost ({error}); {LOST}") from error
     except Exception as error:
         raise ClusterRefused(f"worker {address} cannot load the backbone: {error}") from error
     return True
-
-
-def run_on_cluster(
-    client: Client,
-    where: Surroundings,
-    plan: ExtractionPlan,
-    writer: StoreWriter,
-    pending: Sequence[Partition],
-    again: Sequence[Partition],
-    progress: Progress,
-) -> None:
-    """Extract the pending partitions on the workers, those of `again` although they have records.
-
-    Raises ExtractionError when some failed again and again, after all others are finished; KeyboardInterrupt
-    after Ctrl-C, when what was under way has ended; StorageError and other errors that end a run.
-    """
-    with _mark(writer.path) as mark, _worker_logs(client):
-        crew = DaskCrew(client, _job(plan, writer, where, mark))
-        report = _Report(plan, pending, crew, progress)
-        report.say(f"loading {plan.backbone.name} on {crew.workers} workers")
-        crew.prepare()
-        report.begin()
-        tasks = [Task(partition=partition, again=partition in again) for partition in pending]
-        failed = dispatch(tasks, crew, report.settled, report.say)
-        clear_staging(writer.path)  # of workers that died: nothing is under way any more
-    if failed:
-        names = [*list(failed)[:NAMED], *(["..."] if len(failed) > NAMED else [])]
-        raise ExtractionError(
-            f"{len(failed)} of {len(pending)} partitions could not be extracted ({', '.join(names)}: "
-            f"{next(iter(failed.values()))}); all others are finished, and the same command tries these again"
-        )
-
-
-class _Report:
-    """Tells progress and log what became of each partition."""
-
-    def __init__(
-        self, plan: ExtractionPlan, pending: Sequence[Partition], crew: DaskCrew, progress: Progress
-    ) -> None:
-        self._plan, self._crew, self._progress = plan, crew, progress
-        self._done = plan.total - sum(partition.size for partition in pending)
-        self._samples, self._bytes, self._failed, self._begun = 0, 0, 0, time.monotonic()
-
-    def say(self, state: str) -> None:
-        self._progress(self._done + self._samples, self._plan.total, state)
-
-    def begin(self) -> None:
-        """From now on time counts for the speed."""
-        self._begun = time.monotonic()
-
-    def settled(self, task: Task, outcome: Outcome) -> None:
-        """Log how a partition ended; what failed is logged where it is decided."""
-        if isinstance(outcome, Finished):
-            self._samples += outcome.samples
-            self._bytes += outcome.size
-            self._failed += len(outcome.failed)
-            for sample_id, reason in outcome.failed:
-                logger.warning("sample %s failed: %s", sample_id, reason)
-            logger.info("partition %s is complete", task.partition.name)
-        self.say(self._state())
-
-    def _state(self) -> str:
-        seconds = max(time.monotonic() - self._begun, 1e-3)
-        speed = f"{self._samples / seconds:.3g} samples/s, {self._bytes / 1e6 / seconds:.3g} MB/s"
-        failed = f", {self._failed} samples failed" if self._failed else ""
-        return f"{speed} on {self._crew.workers} workers{failed}"
-
-
-def _job(plan: ExtractionPlan, writer: StoreWriter, where: Surroundings, mark: str) -> Job:
-    return Job(
-        config=plan.config,
-        counts={split: len(ids) for split, ids in plan.samples.items()},
-        manifest_sha256=hashlib.sha256((writer.path / MANIFEST).read_bytes()).hexdigest(),
-        plan_sha256=digest(plan),
-        mark=mark,
-        where=where,
-    )
-
-
-@contextmanager
-def _mark(store: Path) -> Generator[str]:
-    """A file in the store's staging folder for as long as the run lasts; the next run removes a left one."""
-    name = f"{STAGING}/file-{os.getpid()}-{secrets.token_hex(4)}"
-    write_durably(store, {name: b""})
-    try:
-        yield name
-    finally:
-        (store / name).unlink(missing_ok=True)
-
-
-@contextmanager
-def _worker_logs(client: Client) -> Generator[None]:
-    """Have what workers log under our name in this process's log as well."""
-    client.forward_logging("mmdiff_cache", logging.INFO)
-    try:
-        yield
-    finally:
-        with suppress(Exception):  # the cluster may be gone
-            client.unforward_logging("mmdiff_cache")

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mmdiff_cache.backbones.base import BlockSlot
-from mmdiff_cache.extraction.attention import Rotary, head_size, rotated, split_heads
+from mmdiff_cache.extraction.attention import Rotary, check_uncompiled, head_size, rotated, split_heads
 from mmdiff_cache.extraction.taps import BlockCall, observing
 
 VALUE_CHANNELS = 8
@@ -60,12 +60,13 @@ class _ProjectionRecorder:
     """Keeps what a block's attention projects, before its norms."""
 
     def __init__(self, block: nn.Module) -> None:
-        self._attn = cast(Any, block).attn
+        self._block, self._attn = block, cast(Any, block).attn
         self._seen: dict[str, Tensor] = {}
 
     @contextmanager
     def attached(self) -> Generator[None]:
-        """Record while the context lasts."""
+        """Record while the context lasts. A compiled block raises BackboneError."""
+        check_uncompiled(self._block)
         names = ("to_q", "to_k", "add_k_proj")
         handles = [getattr(self._attn, name).register_forward_hook(self._keep(name)) for name in names]
         try:

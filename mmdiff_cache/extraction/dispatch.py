@@ -11,12 +11,13 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import FrameType
 
 from mmdiff_cache.errors import ExtractionError, MMDiffError
+from mmdiff_cache.extraction.profile import Part
 from mmdiff_cache.store.records import Partition
 
 logger = logging.getLogger(__name__)
@@ -52,6 +53,8 @@ class Finished:
     """Samples that could not be used, each with the reason."""
     size: int
     """Bytes of its files."""
+    seconds: Mapping[Part, float]
+    """Where the time of its worker went since the last answer; zeros where nobody asked."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,7 +69,7 @@ class Troubled:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Died:
-    """The worker died that had this partition, and perhaps others."""
+    """The worker died that had this partition and perhaps others, or hung and was ended."""
 
 
 Outcome = Finished | Troubled | Died
@@ -128,7 +131,7 @@ class Board:
             case Finished():
                 self.finished += 1
             case Died() if task.alone:
-                self._fail(task, "the process that extracted it died each time, alone at last")
+                self._fail(task, "the process that extracted it died or hung each time, alone at last")
             case Died():
                 logger.warning("partition %s lost its worker; it is tried again, alone", task.partition.name)
                 self._suspects.append(replace(again, alone=True))

@@ -70,7 +70,8 @@ class Painter:
             captured = self.extractor.capture_latents(clean, names, prompts)
         else:
             captured = self._captured(clean, [drawing.observed[step] for step in self.steps])
-        images = self.backbone.decode_latent(clean).cpu().numpy()
+        with self.profile.timing("VAE", self.backbone.device):
+            images = self.backbone.decode_latent(clean).cpu().numpy()
         samples = [_sample(request, image) for request, image in zip(requests, images, strict=True)]
         sigmas = np.tile(np.array(self.sigmas, np.float32), (len(requests), 1))
         features, encoded = self.extractor.finish(captured), self.extractor.discriminative(samples)
@@ -83,7 +84,8 @@ class Painter:
         shape = backbone.info.latent_shape(self._resolution)
         start = np.stack([draw_start(request.seed, request.sample_id, shape) for request in requests])
         latents = torch.from_numpy(start).to(backbone.device, backbone.dtype)
-        prompts = backbone.encode_prompts([request.prompt for request in requests])
+        with self.profile.timing("text", backbone.device):
+            prompts = backbone.encode_prompts([request.prompt for request in requests])
         sampler, observed = self.sampler(), dict[int, Observed]()
         for step, timestep in enumerate(sampler.timesteps):
             t = backbone.sampler_time(sampler.sigmas[step])
@@ -105,7 +107,8 @@ class Painter:
         config, batch = self._config, len(latents)
         if not config.contrasts:
             return self._pass(latents, t, prompts, look=look)
-        negative = self.backbone.encode_prompts([config.negative_prompt or ""] * batch)
+        with self.profile.timing("text", self.backbone.device):
+            negative = self.backbone.encode_prompts([config.negative_prompt or ""] * batch)
         if self.backbone.contrast_in_one_pass:
             both, seen = self._pass(
                 torch.cat((latents, latents)), t, negative.followed_by(prompts), look=look
@@ -126,9 +129,10 @@ class Painter:
         look: bool,
     ) -> tuple[Float[Tensor, "B c H_f W_f"], Observed | None]:
         times, guidance = t.expand(len(latents)), self._config.guidance
-        if not look:
-            return self.backbone.forward(latents, times, prompts, guidance), None
-        seen = self.extractor.observe(latents, times, prompts, guidance)
+        with self.profile.timing("transformer", self.backbone.device):
+            if not look:
+                return self.backbone.forward(latents, times, prompts, guidance), None
+            seen = self.extractor.observe(latents, times, prompts, guidance)
         return seen.velocity, seen
 
     def _captured(self, clean: Float[Tensor, "B c H_f W_f"], seen: Sequence[Observed]) -> Captured:

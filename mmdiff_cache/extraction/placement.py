@@ -38,21 +38,30 @@ def open_cluster(
         with joined_cluster(scheduler) as client:
             yield client
         return
-    gpus = visible_gpus(config.device)
-    if workers is None:
-        workers = len(gpus) if len(gpus) > 1 else 0
-    if gpus and workers > len(gpus):
-        raise ConfigError(
-            f"{workers} workers were asked, but {len(gpus)} GPUs are visible, and a worker needs one of its "
-            "own; give fewer --workers, or --set device=cpu"
-        )
+    workers = worker_count(config, workers)
     if workers == 0:
         yield None
         return
     from mmdiff_cache.extraction.cluster import own_cluster
 
-    with own_cluster(workers, gpus) as client:
+    with own_cluster(workers, visible_gpus(config.device)) as client:
         yield client
+
+
+def worker_count(config: ExtractConfig, workers: int | None) -> int:
+    """How many processes to start where `workers` are asked: None is one for each of several GPUs.
+
+    0 is no process but this one. Raises ConfigError for more than there are GPUs.
+    """
+    gpus = visible_gpus(config.device)
+    if workers is None:
+        return len(gpus) if len(gpus) > 1 else 0
+    if gpus and workers > len(gpus):
+        raise ConfigError(
+            f"{workers} workers were asked, but {len(gpus)} GPUs are visible, and a worker needs one of its "
+            "own; give fewer --workers, or --set device=cpu"
+        )
+    return workers
 
 
 def visible_gpus(device: str) -> tuple[str, ...]:

@@ -20,7 +20,7 @@ from mmdiff_cache.errors import BackboneError, DataError, StorageRefused
 from mmdiff_cache.extraction.cost import Cost, estimate, time_blocks
 from mmdiff_cache.extraction.drawing import describe_generation
 from mmdiff_cache.extraction.measured import Ratios, known_ratios
-from mmdiff_cache.extraction.placement import visible_gpus
+from mmdiff_cache.extraction.placement import worker_count
 from mmdiff_cache.extraction.resolve import resolve
 from mmdiff_cache.extraction.variants import variants_of
 from mmdiff_cache.store.arrays import arrays
@@ -134,18 +134,23 @@ def plan(config: ExtractConfig, samples: Mapping[str, Sequence[str]] | None = No
     )
 
 
-def with_time(plan: ExtractionPlan, workers: int | None = None) -> ExtractionPlan:
-    """The plan with a time for so many workers, by default one a visible GPU.
+def on_workers(plan: ExtractionPlan, workers: int | None) -> ExtractionPlan:
+    """The plan with the time that it takes on so many workers, counted as `placement.open_cluster` does.
 
-    Where no speed is known, two blocks of the backbone are timed, with random weights. Raises ConfigError for
-    a device that is not there.
+    Raises ConfigError for more workers than GPUs.
     """
-    cost = plan.cost
-    if cost.speed is None and plan.done < plan.total:
-        cost = time_blocks(cost, plan.config, plan.backbone)
-    if cost.device == "cuda":
-        cost = replace(cost, gpus=workers or max(1, len(visible_gpus(plan.config.device))))
-    return replace(plan, cost=cost)
+    gpus = max(1, worker_count(plan.config, workers))
+    return plan if plan.cost.device == "cpu" else replace(plan, cost=replace(plan.cost, gpus=gpus))
+
+
+def with_time(plan: ExtractionPlan) -> ExtractionPlan:
+    """The plan with a time; where no speed is known, two blocks are timed with random weights.
+
+    Raises ConfigError for a device that is not there.
+    """
+    if plan.cost.speed is not None or plan.done == plan.total:
+        return plan
+    return replace(plan, cost=time_blocks(plan.cost, plan.config, plan.backbone))
 
 
 def check_disk(plan: ExtractionPlan) -> None:

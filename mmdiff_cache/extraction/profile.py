@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from typing import Literal
 
@@ -14,7 +14,7 @@ Part = Literal[
 PARTS: dict[Part, str] = {
     "reading": "pictures read and prepared, in a thread of its own",
     "text": "prompts encoded, or read from the pass before",
-    "VAE": "pictures to latents",
+    "VAE": "pictures to latents, or latents to pictures that were drawn",
     "transformer": "forward passes with taps and concept streams",
     "cast and audit": "clamped to float16, range audit, concept maps",
     "copy to host": "to the CPU's memory; on a GPU beside the next batch",
@@ -32,7 +32,7 @@ class Profile:
     def __init__(self, *, on: bool = True) -> None:
         self.on = on
         self.wall = 0.0
-        """Seconds from the first sample to the last, after loading."""
+        """Seconds from the first sample to the last, after loading; of all workers together."""
         self._seconds = dict.fromkeys(PARTS, 0.0)
         self._events: list[tuple[Part, torch.cuda.Event, torch.cuda.Event]] = []
         self._lock = threading.Lock()
@@ -46,6 +46,18 @@ class Profile:
                 self._seconds[part] += begun.elapsed_time(ended) / 1e3
             self._events.clear()
             return dict(self._seconds)
+
+    def take(self) -> dict[Part, float]:
+        """Seconds by part since the last call."""
+        seconds = self.seconds
+        self.add({part: -value for part, value in seconds.items()})
+        return seconds
+
+    def add(self, seconds: Mapping[Part, float]) -> None:
+        """Count what another process took."""
+        with self._lock:
+            for part, value in seconds.items():
+                self._seconds[part] += value
 
     @contextmanager
     def timing(self, part: Part, device: torch.device | None = None) -> Generator[None]:

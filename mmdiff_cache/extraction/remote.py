@@ -13,7 +13,7 @@ import os
 import socket
 import threading
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from mmdiff_cache.backbones.pipeline import choose_device
+from mmdiff_cache.backbones.text import SavedText
 from mmdiff_cache.config import ExtractConfig, filled
 from mmdiff_cache.errors import ClusterRefused, MMDiffError, StoreError
 from mmdiff_cache.extraction.dispatch import Finished, Outcome, Troubled
@@ -30,6 +31,7 @@ from mmdiff_cache.extraction.identity import Surroundings, surroundings
 from mmdiff_cache.extraction.plan import ExtractionPlan
 from mmdiff_cache.extraction.plan import plan as make_plan
 from mmdiff_cache.extraction.run import check_backbone, load_worker, memory_errors
+from mmdiff_cache.extraction.text_pass import encode
 from mmdiff_cache.extraction.worker import run_partition
 from mmdiff_cache.store.manifest import MANIFEST, Manifest, read_manifest
 from mmdiff_cache.store.partition import PartitionWriter
@@ -57,6 +59,10 @@ class Job:
     """A file that the driver made for this run, from the store's folder: who sees it sees the same disk."""
     where: Surroundings
     """What every worker must have in common."""
+    profile: bool
+    """Whether workers say where their time went."""
+    text: str | None
+    """The folder of encoded prompts, from the store's; None where workers keep the text encoders."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -111,6 +117,19 @@ def prepare(job: Job) -> None:
     _prepared(job)
 
 
+def encode_text(job: Job, pending: Sequence[Partition]) -> None:
+    """Encode all prompts of these partitions into the job's folder; no worker has a model by then.
+
+    Raises as `prepare` does, and StorageError when the disk refuses.
+    """
+    global _ready, _loaded
+    _set_threads(job)
+    with _preparing:
+        _ready = _loaded = None  # of a run before, whose memory the encoders need
+        plan, _ = _planned(job)
+        encode(plan, pending, plan.store / str(job.text))
+
+
 def extract_partition(job: Job, partition: Partition, again: bool) -> Outcome:
     """Extract one partition, write it, record it. Whatever goes wrong is told, nothing is raised.
 
@@ -128,7 +147,10 @@ def extract_partition(job: Job, partition: Partition, again: bool) -> Outcome:
         return _trouble(error)
     failed = [(s.sample_id, s.reason or "") for s in record.samples if s.state == "failed"]
     return Finished(
-        samples=len(record.samples), failed=tuple(failed), size=sum(file.size for file in record.files)
+        samples=len(record.samples),
+        failed=tuple(failed),
+        size=sum(file.size for file in record.files),
+        seconds=ready.extractor.profile.take(),
     )
 
 
@@ -147,6 +169,14 @@ def _prepared(job: Job) -> _Ready:
 
 
 def _get_ready(job: Job) -> _Ready:
+    plan, manifest = _planned(job)
+    extractor = _extractor(job, plan, manifest)
+    extractor.profile.on = job.profile
+    return _Ready(job=job, plan=plan, manifest=manifest, extractor=extractor)
+
+
+def _planned(job: Job) -> tuple[ExtractionPlan, Manifest]:
+    """The driver's plan, made here. Raises ClusterRefused when this process cannot make it."""
     logging.getLogger("mmdiff_cache").setLevel(logging.INFO)  # for the driver's log
     check_surroundings(job.where, surroundings(choose_device(job.config.device).type), me())
     manifest = _read_store(job)
@@ -159,7 +189,7 @@ def _get_ready(job: Job) -> _Ready:
         raise ClusterRefused(
             f"{me()} plans something else than this process: data set, prompts or backbone differ there"
         )
-    return _Ready(job=job, plan=plan, manifest=manifest, extractor=_extractor(plan, manifest))
+    return plan, manifest
 
 
 def _set_threads(job: Job) -> None:
@@ -215,14 +245,17 @@ def _read_store(job: Job) -> Manifest:
     return manifest
 
 
-def _extractor(plan: ExtractionPlan, manifest: Manifest) -> Extractor | Painter:
+def _extractor(job: Job, plan: ExtractionPlan, manifest: Manifest) -> Extractor | Painter:
     """The model is kept for as long as runs ask for the same one; another takes its place in memory."""
     global _loaded
     nowhere = replace(plan.config, store=None, data_root=None, dataset="", splits=None, limit=None)
-    key = (replace(nowhere, prompts="", batch_size=None, partition_size=None), manifest.identity)
+    key = (replace(nowhere, prompts="", batch_size=None, partition_size=None), manifest.identity, job.text)
     if _loaded is None or _loaded[0] != key:
         _loaded = None
-        extractor = load_worker(plan.config, plan.backbone)
+        text = None
+        if job.text is not None:
+            text = SavedText(plan.store / job.text, device=choose_device(plan.config.device))
+        extractor = load_worker(plan.config, plan.backbone, text)
         check_backbone(plan, extractor, manifest)
         _loaded = (key, extractor)
     return _loaded[1]

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from mmdiff_cache.backbones.info import default_attention
-from mmdiff_cache.backbones.registry import BACKBONES, describe
+from mmdiff_cache.backbones.registry import BACKBONES, MAX_TEXT_LENGTH, describe
 from mmdiff_cache.config import ExtractConfig, data_folder
 from mmdiff_cache.datasets.prompts import EMPTY
 from mmdiff_cache.datasets.registry import find_dataset
@@ -43,7 +43,7 @@ def resolve(config: ExtractConfig) -> ExtractConfig:
     attention = config.attention or default_attention(info)
     info.check_attention(attention)
     if config.guidance is not None and info.guidance is None:
-        raise ConfigError(f"{info.name} takes no guidance scale; leave out --guidance {config.guidance:g}")
+        raise ConfigError(f"{info.name} takes no guidance scale; leave out guidance={config.guidance:g}")
     guidance = info.guidance if config.guidance is None else config.guidance
     if entry.drawn and (config.draws > 1 or config.flip):
         raise ConfigError("drawn pictures have one variant; leave out draws and flip, and draw more of them")
@@ -60,7 +60,7 @@ def resolve(config: ExtractConfig) -> ExtractConfig:
         discriminative=_encoders(config.discriminative, resolution),
         resolution=resolution,
         guidance=guidance,
-        text_length=config.text_length or info.text_length,
+        text_length=_text_length(config.text_length or info.text_length),
         dtype=config.dtype or info.dtype,
         quantisation=quantisation,
         attention=attention,
@@ -74,6 +74,14 @@ def resolve(config: ExtractConfig) -> ExtractConfig:
 
 def _compiles(device: str, quantisation: str) -> bool:
     return quantisation == "none" and device_type(device) == "cuda"
+
+
+def _text_length(tokens: int) -> int:
+    if tokens > MAX_TEXT_LENGTH:
+        raise ConfigError(
+            f"text_length must be at most {MAX_TEXT_LENGTH}, the limit of the pipelines, got {tokens}"
+        )
+    return tokens
 
 
 def _absolute(path: str) -> str:

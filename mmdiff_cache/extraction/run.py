@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Collection, Generator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,7 +65,7 @@ def extract(
     the partition it fell into. With `append`, samples that the store was not planned with are added to it.
     `redo` names partitions to extract again although they are recorded, as repair asks. `force` starts on a
     disk that seems too small. `progress` is called with samples done, all samples, and the speed; `profile`
-    adds up where the time of this process went, which also goes into the log.
+    adds up where the time went, that of workers too, which also goes into the log.
 
     Several visible GPUs are all used, each by a process of its own; `workers` says how many processes there
     are, on CPUs too, and 0 that all is done in this one. `client` is that of a dask cluster to use instead,
@@ -80,22 +80,11 @@ def extract(
         plan = make_plan(plan)
     if not force:
         check_disk(plan)
-    with _cluster(plan, workers, client) as client:
-        where = None if client is None else _look_at(client, plan)
-        return _extract(plan, progress or _silent, append, redo, client, where, profile)
-
-
-def _cluster(
-    plan: ExtractionPlan, workers: int | None, client: Client | None
-) -> AbstractContextManager[Client | None]:
-    if plan.config.text_pass == "first" and (client is not None or workers):
-        raise ConfigError(
-            "workers of a cluster keep the text encoders loaded; --set text_pass=together, or run without "
-            "--workers and --scheduler"
-        )
     if client is not None and workers is not None:
         raise ConfigError("workers starts a cluster and client is one; give one of them")
-    return open_cluster(plan.config, workers) if client is None else nullcontext(client)
+    with open_cluster(plan.config, workers) if client is None else nullcontext(client) as client:
+        where = None if client is None else _look_at(client, plan)
+        return _extract(plan, progress or _silent, append, redo, client, where, profile)
 
 
 def _look_at(client: Client, plan: ExtractionPlan) -> Surroundings:
@@ -125,15 +114,15 @@ def _extract(
         left = sum(partition.size for partition in pending)
         if pending:
             logger.info("%d of %d samples to extract\n%s", left, plan.total, plan)
+            profile = profile or Profile(on=False)
             if client is None or where is None:
-                profile = profile or Profile(on=False)
                 _run(plan, writer, pending, progress, profile)
-                if profile.on:
-                    logger.info("where the time went\n%s", profile)
             else:
-                from mmdiff_cache.extraction.crew import run_on_cluster
+                from mmdiff_cache.extraction.cluster_run import run_on_cluster
 
-                run_on_cluster(client, where, plan, writer, pending, again, progress)
+                run_on_cluster(client, where, plan, writer, pending, again, progress, profile)
+            if profile.on:
+                logger.info("where the time went\n%s", profile)
     return open_store(plan.store)
 
 
@@ -161,7 +150,7 @@ def load_extractor(
     if config.attention is not None:
         backbone.use_attention(config.attention)
     if config.compile:
-        compile_blocks(backbone.blocks, concepts=bool(config.concepts))
+        compile_blocks(backbone.blocks, read_inside=bool(config.concepts) or config.cross_attention)
     return Extractor(
         backbone,
         layers=layers,
@@ -243,11 +232,11 @@ def _extract_all(
             if sample.state == "failed":
                 logger.warning("sample %s failed: %s", sample.sample_id, sample.reason)
         logger.info("partition %s is complete", partition.name)
-    keep_measured(plan.store, _measured(plan, records, time.monotonic() - begun))
+    keep_measured(plan.store, measure(plan, records, time.monotonic() - begun, plan.cost.machine))
 
 
-def _measured(plan: ExtractionPlan, records: Sequence[Record], seconds: float) -> Measured:
-    """What a run of these records shows of the machine's speed and the codec's worth."""
+def measure(plan: ExtractionPlan, records: Sequence[Record], seconds: float, machine: str) -> Measured:
+    """What a run of these records shows of a machine's speed and the codec's worth."""
     config, samples = plan.config, sum(len(record.samples) for record in records)
     hidden = [file for record in records for file in record.files if "/hidden_states/" in file.path]
     hidden_bytes = sum(file.size for file in hidden)
@@ -258,7 +247,7 @@ def _measured(plan: ExtractionPlan, records: Sequence[Record], seconds: float) -
         dataset=config.dataset,
         backbone=filled(config.backbone),
         dtype=filled(config.dtype),
-        machine=plan.cost.machine,
+        machine=machine,
         resolution=filled(config.resolution),
         batch_size=filled(config.batch_size),
         codec=config.codec,
@@ -307,7 +296,7 @@ def _log_file(store: Path) -> Generator[None]:
     try:
         yield
     except BaseException as error:
-        logger.info("stopped: %s", error or type(error).__name__)
+        logger.info("stopped: %s", str(error) or type(error).__name__)
         raise
     finally:
         package.removeHandler(handler)

@@ -36,12 +36,13 @@ def text_of(plan: ExtractionPlan, pending: Iterable[Partition]) -> Generator[Tex
     with storage_errors(plan.store):
         folder = staging_folder(plan.store, "text")
     try:
-        yield _encode(plan, pending, folder)
+        yield encode(plan, pending, folder)
     finally:
         shutil.rmtree(folder)
 
 
-def _encode(plan: ExtractionPlan, pending: Iterable[Partition], folder: Path) -> SavedText:
+def encode(plan: ExtractionPlan, pending: Iterable[Partition], folder: Path) -> SavedText:
+    """Load the text encoders alone, write the vectors of `text_of` into a folder, and let them go."""
     config, prompts = plan.config, distinct_prompts(plan, pending)
     words = {word for words in filled(config.concepts).values() for word in words}
     encoders = load_text_encoders(

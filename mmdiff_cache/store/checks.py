@@ -101,6 +101,9 @@ def _label_fault(schema: StoreSchema, label: LabelArray, sample: PreparedSample)
             return f"label {name} must be {dtype} with two axes, got {array.dtype} {list(array.shape)}"
         if maps is sample.labels and array.shape != limit:
             return f"label {name} must have network size {list(limit)}, got {list(array.shape)}"
+        stray = stray_id(array, label.spec)
+        if stray is not None:
+            return f"label {name} has the value {stray}, which is no class and not ignored"
         if any(side > most for side, most in zip(array.shape, limit, strict=True)):
             return f"original label {name} has {list(array.shape)} pixels, the canvas holds {list(limit)}"
     return None

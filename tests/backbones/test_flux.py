@@ -14,12 +14,15 @@ from torch import Tensor
 
 from mmdiff_cache.backbones.base import PromptEmbeddings
 from mmdiff_cache.backbones.flux import FluxBackbone
+from mmdiff_cache.backbones.info import TIMESTEPS
+from mmdiff_cache.backbones.pipeline import PipelineBackbone
 from mmdiff_cache.backbones.registry import describe, load_backbone
 from mmdiff_cache.backbones.text import PROMPT_CACHE, SavedText
 from mmdiff_cache.errors import BackboneError, ConfigError
 from mmdiff_cache.extraction.concept_attention import reading
 from mmdiff_cache.extraction.taps import capturing
 from tests.tiny_flux import TEXT_LENGTH, WHOLE_WORDS, save_tiny_flux
+from tests.tiny_sd3 import save_tiny_sd3
 
 LATENT = (4, 8, 8)
 
@@ -182,6 +185,22 @@ def test_in_bfloat16_only_the_vae_stays_in_float32(
     torch.testing.assert_close(velocity.float(), run(tiny_backbone), rtol=0.1, atol=0.05)
 
 
+def test_the_papers_times_are_exact_in_bfloat16(tiny_flux_folder: Path, tmp_path: Path) -> None:
+    """The model's time is rounded to the model's dtype; these four survive it, for the concepts as well."""
+    for folder in (tiny_flux_folder, save_tiny_sd3(tmp_path / "tiny-sd3")):
+        backbone = load_backbone(describe(str(folder)), dtype="bfloat16")
+        assert isinstance(backbone, PipelineBackbone)
+        seen: list[list[float]] = []
+        backbone._transformer.time_text_embed.register_forward_pre_hook(
+            lambda _m, inputs, seen=seen: seen.append(inputs[0].to(torch.bfloat16).tolist())
+        )
+        t = torch.tensor(TIMESTEPS)
+        backbone.concept_modulation(t, backbone.info.guidance)
+        latent = torch.zeros(4, *backbone.info.latent_shape(32))
+        backbone.forward(latent, t, backbone.encode_prompts([""] * 4), backbone.info.guidance)
+        assert seen == [[780, 520, 260, 1]] * 2
+
+
 def test_accelerations_that_change_what_a_tap_sees_are_refused(tiny_flux_folder: Path) -> None:
     backbone = load_backbone(describe(str(tiny_flux_folder)))
     assert isinstance(backbone, FluxBackbone)
@@ -211,6 +230,14 @@ def test_a_concept_is_the_mean_of_its_own_pieces(tiny_backbone: FluxBackbone, pi
         assert len(pieces) == {"sky": 4, "near far": 2}.get(word, 1)
         expected = pipeline.transformer.context_embedder(tokens[: len(pieces)].mean(dim=0))
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-6)
+
+
+def test_a_concept_that_the_text_length_cuts_is_refused(tiny_flux_folder: Path) -> None:
+    """Its mean would be over some of its pieces and the end marker: 'sky' has four."""
+    short = load_backbone(describe(str(tiny_flux_folder)), text_length=4)
+    with pytest.raises(ConfigError, match="'sky' has 4 tokens, so text_length must be at least 5, got 4"):
+        short.embed_concepts(["near", "sky"])
+    load_backbone(describe(str(tiny_flux_folder)), text_length=5).embed_concepts(["near", "sky"])
 
 
 def test_a_concept_without_tokens_is_refused(tiny_backbone: FluxBackbone) -> None:

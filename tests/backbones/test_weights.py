@@ -7,9 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from huggingface_hub import constants
+from safetensors.torch import load_file, save_file
 
-from mmdiff_cache.backbones.registry import describe, load_backbone
+from mmdiff_cache.backbones.registry import describe, load_backbone, load_text_encoders
 from mmdiff_cache.backbones.weights import hash_weights, locate, weight_files
 from mmdiff_cache.errors import BackboneError, ConfigError
 
@@ -112,6 +114,41 @@ def test_damaged_weights_are_a_backbone_error(tmp_path: Path, tiny_flux_folder: 
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(BackboneError, match="cannot be loaded"):
         load_backbone(describe(str(folder)))
+
+
+@pytest.mark.parametrize(
+    ("file", "weight"),
+    [
+        ("transformer/diffusion_pytorch_model", "proj_out.weight"),
+        ("vae/diffusion_pytorch_model", "decoder.conv_out.weight"),
+        ("text_encoder/model", "embeddings.token_embedding.weight"),
+        ("text_encoder_2/model", "encoder.final_layer_norm.weight"),
+    ],
+)
+def test_a_weight_that_the_files_lack_is_not_made_up(
+    file: str, weight: str, tmp_path: Path, tiny_flux_folder: Path
+) -> None:
+    """Diffusers would leave it empty, and transformers fill it with random numbers, other ones each time."""
+    folder = shutil.copytree(tiny_flux_folder, tmp_path / "copy")
+    weights = load_file(folder / f"{file}.safetensors")
+    del weights[weight]
+    save_file(weights, folder / f"{file}.safetensors", metadata={"format": "pt"})
+    with pytest.raises(BackboneError, match=f"lack .*{weight}"):
+        load_backbone(describe(str(folder)))
+    if file.startswith("text"):
+        with pytest.raises(BackboneError, match=f"lack .*{weight}"):
+            load_text_encoders(describe(str(folder)))
+
+
+def test_clip_weights_under_their_published_names_are_whole(tmp_path: Path, tiny_flux_folder: Path) -> None:
+    """Those of FLUX.1 begin with `text_model`, and some have positions, which are no weights."""
+    folder = shutil.copytree(tiny_flux_folder, tmp_path / "copy")
+    file = folder / "text_encoder" / "model.safetensors"
+    weights = {f"text_model.{name}": weight for name, weight in load_file(file).items()}
+    weights["text_model.embeddings.position_ids"] = torch.arange(16)[None]
+    save_file(weights, file, metadata={"format": "pt"})
+    renamed, plain = (load_backbone(describe(str(one))) for one in (folder, tiny_flux_folder))
+    assert torch.equal(renamed.encode_prompts(["near"]).pooled, plain.encode_prompts(["near"]).pooled)
 
 
 @pytest.mark.parametrize(

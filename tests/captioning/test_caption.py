@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor, Gemma3ForConditionalGeneration
 
 from mmdiff_cache.captioning.caption_file import CaptionFile, meta_path
@@ -106,6 +107,17 @@ def test_pictures_at_once_get_the_same_words(config: CaptionConfig, tmp_path: Pa
     assert lines(together) == lines(config)
 
 
+def test_the_splits_are_those_of_a_folders_list(config: CaptionConfig) -> None:
+    rows = [{"file_name": f"{n}.png", "split": split} for n, split in enumerate(("train", "train", "val"))]
+    (Path(str(config.data_root)) / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    caption(replace(config, splits=("val",), max_tokens=2))
+    assert list(lines(config)) == ["2.png"]
+    caption(replace(config, max_tokens=2))
+    assert sorted(lines(config)) == ["0.png", "1.png", "2.png"]
+    with pytest.raises(ConfigError, match="split 'all' is not one of images: train, val"):
+        caption(replace(config, splits=("all",)))
+
+
 def test_extract_reads_the_file(config: CaptionConfig, tiny_flux_folder: Path, tmp_path: Path) -> None:
     caption(config)
     planned = plan(
@@ -190,7 +202,10 @@ def test_a_picture_that_cannot_be_read_is_named_and_left_out(
     printed = capsys.readouterr()
     assert "captions of 4 of 5 samples" in printed.out
     assert "extract --dataset images --data-root" in printed.out
+    assert "--limit" not in printed.out
     assert "'1.png'" in printed.err
+    assert command_line([*words, "--limit", "1"]) == 0
+    assert "--limit 1 --prompts" in capsys.readouterr().out, "others have no caption yet"
 
 
 def test_missing_weights_are_answered_with_what_helps(config: CaptionConfig, tmp_path: Path) -> None:
@@ -204,6 +219,18 @@ def test_missing_weights_are_answered_with_what_helps(config: CaptionConfig, tmp
         locate_model(str(tmp_path / "half"))
     with pytest.raises(ConfigError, match="model must be a folder or a repository"):
         locate_model("gemma")
+
+
+def test_a_weight_that_the_file_lacks_is_not_made_up(
+    config: CaptionConfig, gemma: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(gemma, tmp_path / "lacking")
+    weights = load_file(folder / "model.safetensors")
+    name = next(name for name in weights if name.endswith("self_attn.q_proj.weight"))
+    del weights[name]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(BackboneError, match=r"weights of lacking .* lack .*self_attn\.q_proj\.weight"):
+        caption(replace(config, model=str(folder)))
 
 
 class Twins(Dataset):

@@ -29,7 +29,7 @@ def test_masks_are_salient_above_the_fields_threshold(root: Path) -> None:
 def test_what_is_missing_is_named(root: Path, tmp_path: Path) -> None:
     mask = root / "DUTS-TR" / "DUTS-TR-Mask" / "b.png"
     mask.unlink()
-    with pytest.raises(DataError, match=f"{mask} is missing"):
+    with pytest.raises(DataError, match=f"{mask} is missing; get DUTS-TR"):
         open_duts(str(root), 512).sample_ids("train")
     with pytest.raises(ConfigError, match=r"DUTS-TR\.zip"):
         open_duts(None, 512)
@@ -37,5 +37,5 @@ def test_what_is_missing_is_named(root: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="is not duts"):
         open_duts(str(tmp_path / "x"), 512)
     (root / "DUTS-TE" / "DUTS-TE-Mask" / "c.png").write_bytes(b"junk")
-    with pytest.raises(DataError, match=r"c\.png: no mask"):
+    with pytest.raises(DataError, match=r"c\.png: not a picture"):
         open_duts(str(root), 512).load("test", 0)

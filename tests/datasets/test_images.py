@@ -21,10 +21,24 @@ def put(folder: Path, *names: str) -> Path:
 
 
 def test_pictures_below_the_folder_are_found_in_the_order_of_their_ids(tmp_path: Path) -> None:
-    put(tmp_path, "b.png", "a/2.JPG", "a/10.webp", "a.bmp", ".hidden.png", ".trash/x.png")
+    put(tmp_path, "b.png", "a/2.JPG", "a/10.webp", "a.bmp", "c.TIF", "d.gif", ".hidden.png", ".trash/x.png")
     (tmp_path / "notes.txt").write_text("no picture")
     folder = open_folder(str(tmp_path), 64)
-    assert list(folder.sample_ids("all")) == ["a.bmp", "a/10.webp", "a/2.JPG", "b.png"]
+    assert list(folder.sample_ids("all")) == [
+        "a.bmp", "a/10.webp", "a/2.JPG", "b.png", "c.TIF", "d.gif",
+    ]  # fmt: skip
+    assert all(folder.load("all", n).image.shape == (2, 4, 3) for n in range(6))
+
+
+def test_pictures_of_other_kinds_are_left_out_by_name(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    put(tmp_path, "a.png")
+    for name in ("x.HEIC", "b.nef", ".hidden.heic", "notes.txt"):
+        (tmp_path / name).touch()
+    with caplog.at_level(logging.WARNING):
+        assert list(open_folder(str(tmp_path), 64).sample_ids("all")) == ["a.png"]
+    assert f"{tmp_path / 'b.nef'} and 1 more left out: pictures are read from .avif, .bmp" in caplog.text
 
 
 def test_a_sample_is_the_file_of_its_id(tmp_path: Path) -> None:

@@ -118,6 +118,27 @@ def test_label_descriptions_that_cannot_be_are_refused(root: Path, labels: str) 
         open_folder(str(root), 512)
 
 
+def test_only_columns_without_a_use_are_warned_of(
+    root: Path, tiny_flux_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = ExtractConfig(dataset="images", data_root=str(root), backbone=str(tiny_flux_folder))
+    plan(config)
+    assert caplog.text == ""
+    write(root, [{**row, "licence": "?", "author": "me"} for row in ROWS])
+    plan(config)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{root / 'metadata.jsonl'}: not used: author, licence (labels.json describes no such label)"
+    ]
+
+
+def test_described_labels_without_a_list_are_said_to_be_unused(
+    root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (root / "metadata.jsonl").unlink()
+    assert not open_folder(str(root), 512).label_specs
+    assert "labels.json is not used: no metadata.jsonl or metadata.csv says" in caplog.text
+
+
 def test_two_lists_are_one_too_many(root: Path) -> None:
     (root / "metadata.csv").write_text("file_name\none.png\n")
     with pytest.raises(DataError, match="keep one"):

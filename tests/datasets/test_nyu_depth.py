@@ -6,6 +6,7 @@ import h5py
 import numpy as np
 import pytest
 from PIL import Image
+from scipy.io import savemat
 
 from mmdiff_cache.datasets.nyu_depth import (
     LABELLED,
@@ -46,7 +47,7 @@ def test_the_list_of_bts_gives_metres(bts: Path) -> None:
 
 def test_lists_that_cannot_be_used_are_named(bts: Path) -> None:
     (bts / "sync/study_0001/sync_depth_00045.png").unlink()
-    with pytest.raises(DataError, match=r"study_0001/sync_depth_00045\.png is missing"):
+    with pytest.raises(DataError, match=r"study_0001/sync_depth_00045\.png is missing; get sync\.zip"):
         open_bts(str(bts), 512).sample_ids("train")
     for line in ("only-one-word", "../../etc/passwd x 1"):
         (bts / LIST).write_text(f"{line}\n")
@@ -66,6 +67,22 @@ def test_the_labelled_frames_stand_upright(labelled: Path) -> None:
         np.testing.assert_array_equal(sample.image, file["images"][1].transpose(2, 1, 0))
         np.testing.assert_array_equal(sample.labels["depth"], file["rawDepths"][1].T)
     assert sample.image.shape == (ROWS, COLUMNS, 3)
+
+
+@pytest.mark.parametrize("train", [[[0]], [[25]], [[1], [1]], [[2]]])
+def test_an_official_split_of_other_frames_is_refused(train: list[list[int]], labelled: Path) -> None:
+    """MATLAB counts from 1; no frame may be in both halves, or twice in one, or missing."""
+    savemat(labelled / SPLITS, {"trainNdxs": np.array(train), "testNdxs": np.arange(2, FRAMES + 1)[:, None]})
+    with pytest.raises(DataError, match=r"splits\.mat must list each of the 20 frames once; get"):
+        open_official(str(labelled), 512).sample_ids("train")
+
+
+@pytest.mark.parametrize("lacking", ["images", "rawDepths", "scenes"])
+def test_a_variable_that_the_file_lacks_is_named(lacking: str, labelled: Path) -> None:
+    with h5py.File(labelled / LABELLED, "a") as file:
+        del file[lacking]
+    with pytest.raises(DataError, match=rf"{LABELLED} has no {lacking}; get"):
+        open_by_scene(str(labelled), 512).load("train", 0)
 
 
 def test_our_cut_never_has_a_scene_in_both_halves(labelled: Path) -> None:

@@ -2,31 +2,35 @@
 
 import struct
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from mmdiff_cache.datasets.duts import read_mask as read_saliency
+from mmdiff_cache.datasets.nyu_depth import read_depth
 from mmdiff_cache.datasets.pictures import read_picture
+from mmdiff_cache.datasets.voc import read_mask
 from mmdiff_cache.errors import DataError
 
 GRADIENT = np.arange(6 * 9 * 3, dtype=np.uint8).reshape(6, 9, 3)
 
 
-def png_header(width: int, height: int) -> bytes:
-    """A PNG that announces a size and holds no pixels."""
+def png(width: int, height: int, *, bits: int = 8, rows: bytes = b"") -> bytes:
+    """An RGB PNG of a size; without rows it only announces it."""
 
     def block(kind: bytes, content: bytes) -> bytes:
         return (
             struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
         )
 
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", width, height, bits, 2, 0, 0, 0)
     return (
         b"\x89PNG\r\n\x1a\n"
         + block(b"IHDR", header)
-        + block(b"IDAT", zlib.compress(b""))
+        + block(b"IDAT", zlib.compress(rows))
         + block(b"IEND", b"")
     )
 
@@ -70,6 +74,13 @@ def test_transparent_parts_lie_over_white(tmp_path: Path) -> None:
     assert (read_picture(tmp_path / "palette.png")[0, 0] == 255).all()
 
 
+def test_sixteen_bits_a_channel_keep_the_high_byte(tmp_path: Path) -> None:
+    deep = np.arange(2 * 4 * 3, dtype=np.uint16).reshape(2, 4, 3) * 2731
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in deep)
+    (tmp_path / "deep.png").write_bytes(png(4, 2, bits=16, rows=rows))
+    np.testing.assert_array_equal(read_picture(tmp_path / "deep.png"), deep >> 8)
+
+
 def test_exif_orientation_turns_the_picture_upright(tmp_path: Path) -> None:
     stored = np.zeros((8, 16, 3), np.uint8)
     stored[:, :8] = 255
@@ -84,9 +95,32 @@ def test_exif_orientation_turns_the_picture_upright(tmp_path: Path) -> None:
 
 def test_too_many_pixels_are_refused_before_decoding(tmp_path: Path) -> None:
     path = tmp_path / "bomb.png"
-    path.write_bytes(png_header(30_000, 20_000))
+    path.write_bytes(png(30_000, 20_000))
     with pytest.raises(DataError, match=r"bomb\.png.*100"):
         read_picture(path)
+
+
+@pytest.mark.parametrize("read", [read_mask, read_saliency, read_depth], ids=["voc", "duts", "nyu"])
+def test_label_files_are_refused_in_the_same_words(
+    read: Callable[[Path], np.ndarray], tmp_path: Path
+) -> None:
+    """One broken file of ten thousand must not end a run; and what is said of it is said once."""
+    (tmp_path / "bomb.png").write_bytes(png(30_000, 20_000))
+    (tmp_path / "page.png").write_text("<!DOCTYPE html>")
+    rng = np.random.default_rng(0)
+    right, other = (np.uint16, np.uint8) if read is read_depth else (np.uint8, np.uint16)
+    Image.fromarray(rng.integers(0, 9, (32, 32), dtype=right)).save(tmp_path / "whole.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:-40])
+    Image.fromarray(rng.integers(0, 9, (32, 32), dtype=other)).save(tmp_path / "kind.png")
+    for name, reason in [
+        ("bomb.png", "megapixels"),
+        ("page.png", "not a picture"),
+        ("cut.png", "perhaps cut off"),
+        ("kind.png", "pixels of type"),
+    ]:
+        with pytest.raises(DataError, match=f"{name}: .*{reason}") as caught:
+            read(tmp_path / name)
+        assert str(caught.value).count(str(tmp_path)) == 1
 
 
 def test_a_cut_off_file_is_refused_wherever_it_is_cut(tmp_path: Path) -> None:

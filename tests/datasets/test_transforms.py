@@ -96,6 +96,16 @@ def test_a_label_of_another_size_is_refused_by_name() -> None:
         prepare(broken, 8, "", specs=SPECS)
 
 
+def test_margins_beyond_what_a_picture_may_have_are_refused() -> None:
+    """Ten rows of 60,000 pixels are 600 kilopixels; as a square they would fill the memory."""
+    long = Sample(sample_id="long", image=np.zeros((10, 60_000, 3), np.uint8))
+    with pytest.raises(DataError, match="60000 x 10 with margins is 3600 megapixels, the limit is 100"):
+        prepare(long, 64, "", fit="pad")
+    fits: tuple[Fit, ...] = ("squash", "crop")
+    for fit in fits:
+        assert prepare(long, 64, "", fit=fit).image.shape == (64, 64, 3)
+
+
 @settings(max_examples=40, deadline=None)
 @given(SIZES, st.sampled_from(("pad", "crop")))
 def test_pad_and_crop_give_squares_that_keep_shapes_and_come_back(size: tuple[int, int], fit: Fit) -> None:

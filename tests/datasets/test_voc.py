@@ -57,7 +57,7 @@ def test_the_first_thing_that_is_missing_is_named_with_its_source(root: Path, tm
         open_voc(str(tmp_path / "empty"), 512)
     picture = root / "VOCdevkit/VOC2012/JPEGImages" / f"{ONLY_SBD[0]}.jpg"
     picture.unlink()
-    with pytest.raises(DataError, match=f"{picture} is missing"):
+    with pytest.raises(DataError, match=f"{picture} is missing; get VOCtrainval"):
         open_voc(str(root), 512).sample_ids("train")
     (root / "VOCdevkit/VOC2012/ImageSets/Segmentation/val.txt").unlink()
     with pytest.raises(DataError, match=r"val\.txt cannot be read"):
@@ -70,7 +70,10 @@ def test_masks_that_are_none_are_refused_by_name(root: Path, tmp_path: Path) -> 
     (tmp_path / "junk.mat").write_bytes(b"MATLAB 5.0 MAT-file" + bytes(300))
     (tmp_path / "cut.png").write_bytes(b"\x89PNG\r\n")
     savemat(tmp_path / "other.mat", {"x": 1})
-    for name in ("colours.png", "empty.mat", "junk.mat", "cut.png", "other.mat"):
+    for name, ids in (("wide", np.full((2, 2), 300, np.uint16)), ("flat", np.zeros((2, 2, 2), np.uint8))):
+        savemat(tmp_path / f"{name}.mat", {"GTcls": {"Segmentation": ids}})
+    names = ("colours.png", "empty.mat", "junk.mat", "cut.png", "other.mat", "wide.mat", "flat.mat")
+    for name in names:
         with pytest.raises(DataError, match=name):
             read_mask(tmp_path / name)
 

@@ -1,7 +1,7 @@
 """Data sets that misbehave. dask's workers load this file as a preload, and so do the tests.
 
 A folder of pictures; one whose name holds `poison` kills the process that reads it, one with `slow` takes its
-time, one with `gpu` fails as a broken GPU does.
+time, one with `hang` never ends, one with `gpu` fails as a broken GPU does.
 """
 
 import os
@@ -18,6 +18,7 @@ from mmdiff_cache.datasets.registry import DATASETS, DatasetEntry
 from mmdiff_cache.records import Sample
 
 SLOW_SECONDS = 0.25
+HANG_SECONDS = 600.0
 
 
 class StrangeFolder(ImageFolder):
@@ -29,6 +30,8 @@ class StrangeFolder(ImageFolder):
             os.kill(os.getpid(), signal.SIGKILL)
         if "slow" in name:
             time.sleep(SLOW_SECONDS)
+        if "hang" in name:
+            time.sleep(HANG_SECONDS)
         if "gpu" in name:
             raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
         return super().load(split, index)

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,11 +29,13 @@ from mmdiff_cache.cli.app import run
 from mmdiff_cache.config import ExtractConfig
 from mmdiff_cache.datasets.registry import DATASETS
 from mmdiff_cache.errors import ClusterError, ClusterRefused, ConfigError, ExtractionError, StorageError
+from mmdiff_cache.extraction import crew
 from mmdiff_cache.extraction.cluster import own_cluster
 from mmdiff_cache.extraction.crew import DaskCrew
 from mmdiff_cache.extraction.identity import surroundings
 from mmdiff_cache.extraction.placement import open_cluster
 from mmdiff_cache.extraction.plan import plan
+from mmdiff_cache.extraction.profile import PARTS, Profile
 from mmdiff_cache.extraction.remote import Job, digest
 from mmdiff_cache.extraction.run import extract
 from tests.extraction import strange_data
@@ -93,6 +96,13 @@ def torch_threads(number: int) -> int:
     return torch.get_num_threads()
 
 
+def is_worker(process: psutil.Process) -> bool:
+    """Whether it is a process of a nanny, and there still."""
+    with suppress(psutil.NoSuchProcess):
+        return "spawn_main" in " ".join(process.cmdline())
+    return False
+
+
 def pids(client: Client) -> list[int]:
     return sorted(client.run(os.getpid).values())
 
@@ -100,9 +110,12 @@ def pids(client: Client) -> list[int]:
 def test_two_workers_give_the_bytes_of_one_process(cluster: Client, config: ExtractConfig) -> None:
     """And each is told: how many are done, how fast, on how many workers."""
     told: list[tuple[int, int, str]] = []
-    store = extract(config, lambda *tell: told.append(tell), client=cluster)
+    profile = Profile()
+    store = extract(config, lambda *tell: told.append(tell), client=cluster, profile=profile)
     assert store.samples_done == 5
     assert files(config) == inline(config)
+    assert all(profile.seconds[part] > 0 for part in PARTS), "as workers told"
+    assert profile.seconds["transformer"] < profile.wall
     assert told[0] == (0, 5, "loading tiny-flux on 2 workers")
     assert sorted(done for done, _, _ in told) == [done for done, _, _ in told]
     assert told[-1][:2] == (5, 5)
@@ -112,6 +125,17 @@ def test_two_workers_give_the_bytes_of_one_process(cluster: Client, config: Extr
     assert "partition val-000002 is complete" in log
     assert "loading tiny-flux from" in log, "what workers log comes here too"
     assert len(pids(cluster)) == 2, "who joins a cluster does not end it"
+
+
+def test_what_a_cluster_measured_is_a_source_for_plans(cluster: Client, config: ExtractConfig) -> None:
+    """Its sizes are anyone's; its speed is that of processes which share a CPU."""
+    extract(config, client=cluster)
+    assert plan(config).ratios is not None
+    measured = json.loads((Path(str(config.store)) / "logs" / "measured.json").read_text())
+    assert measured["samples"] == 5
+    assert measured["operations_per_second"] > 0
+    assert measured["machine"] == f"cpu, 2 processes of {torch.get_num_threads()} threads"
+    assert plan(config).cost.speed is None
 
 
 def test_a_finished_store_is_left_alone(cluster: Client, config: ExtractConfig) -> None:
@@ -161,6 +185,38 @@ def test_the_command_joins_a_scheduler(
     assert len(pids(cluster)) == 2
 
 
+def test_text_encoders_that_do_not_fit_beside_the_transformer_go_first(
+    cluster: Client, config: ExtractConfig
+) -> None:
+    """As they do by default on small GPUs: on one worker, for all of them; and in each run anew."""
+    first = replace(config, text_pass="first", prompts="scene")
+    told: list[str] = []
+    for part in (replace(first, limit=2), first):
+        store = extract(part, lambda done, total, state: told.append(state), client=cluster, append=True)
+    assert files(first) == inline(first)
+    assert told[0].startswith("encoding the prompts on one worker")
+    assert (store.path / "logs" / "extract.log").read_text().count(" prompts and 2 concepts before") == 2
+    assert list((store.path / "staging").iterdir()) == []
+
+
+@pytest.mark.slow
+def test_a_worker_that_hangs_is_replaced(
+    cluster: Client, config: ExtractConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It answers the scheduler all the while, as one does whose GPU's driver hangs."""
+    monkeypatch.setattr(crew, "HUNG_SECONDS", 20.0)  # a new process has to load first
+    before = set(pids(cluster))
+    folder = draw(tmp_path / "pictures", [f"{number}{'-hang' * (number == 5)}.png" for number in range(8)])
+    hanging = replace(config, dataset="strange", data_root=str(folder), splits=None, limit=None)
+    with pytest.raises(ExtractionError, match=r"1 of 4 partitions .*all-000002: .*hung"):
+        extract(hanging, client=cluster)
+    there = sorted(path.stem for path in (Path(str(config.store)) / "partitions").iterdir())
+    assert there == [f"all-{number:06d}" for number in (0, 1, 3)]
+    assert list((Path(str(config.store)) / "staging").iterdir()) == []
+    cluster.wait_for_workers(2, timeout=60)
+    assert set(pids(cluster)) != before
+
+
 def test_a_sample_that_cannot_be_read_fails_alone(cluster: Client, strange: ExtractConfig) -> None:
     picture = Path(str(strange.data_root)) / "03-slow.png"
     picture.write_bytes(picture.read_bytes()[:100])
@@ -202,6 +258,8 @@ def test_a_worker_that_does_not_see_the_store_is_refused(cluster: Client, config
         plan_sha256=digest(planned),
         mark="staging/file-1-00000000",
         where=surroundings("cpu"),
+        profile=False,
+        text=None,
     )
     with pytest.raises(ClusterRefused, match=r"does not see the store .* file system that all"):
         DaskCrew(cluster, job).prepare()
@@ -304,7 +362,9 @@ def test_a_poison_sample_fails_its_partition_and_no_other(
     names[7] = "07-poison.png"
     folder = draw(tmp_path / "pictures", names)
     poisoned = replace(config, dataset="strange", data_root=str(folder), splits=None, limit=None)
-    with pytest.raises(ExtractionError, match=r"1 of 6 partitions .*all-000003: .*died each time") as caught:
+    with pytest.raises(
+        ExtractionError, match=r"1 of 6 partitions .*all-000003: .*died or hung each time"
+    ) as caught:
         extract(poisoned, client=cluster)
     assert caught.value.exit_code == 3
     there = sorted(path.stem for path in (Path(str(config.store)) / "partitions").iterdir())
@@ -357,6 +417,89 @@ def test_ctrl_c_in_a_terminal_reaches_all_processes_and_stops_one(strange: Extra
     assert list((Path(str(scenes.store)) / "staging").iterdir()) == []
     extract(scenes, workers=0)
     assert files(scenes) == inline(scenes)
+
+
+@pytest.mark.slow
+def test_a_second_ctrl_c_cuts_what_is_under_way(
+    strange: ExtractConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One partition never ends. The first press waits for it, the second does not; nothing is left behind."""
+    pictures = draw(tmp_path / "hanging", [f"{n:02d}{'-hang' * (n == 7)}.png" for n in range(12)])
+    hanging = replace(strange, data_root=str(pictures))
+    wanted = tmp_path / "config.json"
+    wanted.write_text(json.dumps(hanging.to_json()))
+    main = "import sys; from tests.extraction import strange_data; from mmdiff_cache.cli.app import run; "
+    main += "strange_data.dask_setup(None); sys.exit(run(sys.argv[1:]))"
+    line = [sys.executable, "-c", main, "extract", "--config", str(wanted), "--workers", "2"]
+    preload = {"DASK_DISTRIBUTED__WORKER__PRELOAD": json.dumps(PRELOAD["distributed.worker.preload"])}
+    records = Path(str(hanging.store)) / "partitions"
+    with subprocess.Popen(
+        line, start_new_session=True, stderr=subprocess.PIPE, text=True, env={**os.environ, **preload}
+    ) as command:
+        while len(list(records.glob("*"))) < 4 and command.poll() is None:
+            time.sleep(0.05)
+        processes = psutil.Process(command.pid).children(recursive=True)
+        os.killpg(command.pid, signal.SIGINT)
+        with pytest.raises(subprocess.TimeoutExpired):
+            command.wait(timeout=3)
+        os.killpg(command.pid, signal.SIGINT)
+        said = command.communicate(timeout=60)[1]
+    assert command.returncode == 130, said
+    assert "The same command continues:" in said
+    assert "Traceback" not in said
+    assert len(processes) >= 2
+    left = psutil.wait_procs(processes, timeout=10)[1]
+    assert [process for process in left if process.status() != psutil.STATUS_ZOMBIE] == []
+    monkeypatch.setattr(strange_data, "HANG_SECONDS", 0.0)
+    assert plan(hanging).done == 8, "the process that hangs had another one beside it"
+    extract(hanging, workers=0)
+    assert files(hanging) == inline(hanging)
+
+
+@pytest.mark.slow
+def test_a_worker_may_be_killed_while_it_loads_the_backbone(cluster: Client, config: ExtractConfig) -> None:
+    killed: list[int] = []
+
+    def kill(done: int, total: int, state: str) -> None:
+        if "loading" in state:
+            killed.append(pids(cluster)[0])
+            os.kill(killed[0], signal.SIGKILL)
+
+    store = extract(config, kill, client=cluster)
+    assert len(killed) == 1
+    assert files(config) == inline(config)
+    assert "died while it got ready" in (store.path / "logs" / "extract.log").read_text()
+    cluster.wait_for_workers(2, timeout=60)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("each", [False, True])
+def test_a_worker_may_be_killed_while_it_starts(config: ExtractConfig, each: bool) -> None:
+    """Before it has said that it is there. Where each of them dies, the run ends instead of waiting."""
+    before = set(psutil.Process().children(recursive=True))
+    killed: set[psutil.Process] = set()
+    over = threading.Event()
+
+    def kill() -> None:
+        while not over.is_set() and (each or not killed):
+            born = set(psutil.Process().children(recursive=True)) - before - killed
+            for process in [one for one in born if is_worker(one)][: None if each else 1]:
+                process.kill()
+                killed.add(process)
+
+    assassin = threading.Thread(target=kill)
+    assassin.start()
+    try:
+        if each:
+            with pytest.raises(ClusterRefused, match="in each of 3 attempts a worker process died"):
+                extract(config, workers=2)
+        else:
+            extract(config, workers=2)
+            assert files(config) == inline(config)
+    finally:
+        over.set()
+        assassin.join()
+    assert killed
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -55,7 +56,7 @@ def tapped(backbone: Backbone, layers: Sequence[str]) -> dict[str, Tensor]:
 def test_the_number_of_graphs_does_not_depend_on_the_layers_tapped(folder: Path) -> None:
     backbone = load_backbone(describe(str(folder)))
     plain = tapped(backbone, list(backbone.blocks))
-    assert compile_blocks(backbone.blocks, concepts=False, compiler="eager") == tuple(backbone.blocks)
+    assert compile_blocks(backbone.blocks, read_inside=False, compiler="eager") == tuple(backbone.blocks)
     for count in range(1, len(backbone.blocks) + 1):
         seen = tapped(backbone, list(backbone.blocks)[-count:])
         assert all(torch.equal(seen[address], plain[address]) for address in seen)
@@ -63,15 +64,19 @@ def test_the_number_of_graphs_does_not_depend_on_the_layers_tapped(folder: Path)
     assert not counters["graph_break"]
 
 
-def test_with_concepts_only_single_blocks_are_compiled(config: ExtractConfig) -> None:
-    planned = plan(replace(config, compile=True))
+@pytest.mark.parametrize("inside", [{}, {"concepts": {}, "cross_attention": True}])
+def test_with_readers_inside_double_blocks_only_single_ones_are_compiled(
+    inside: dict[str, Any], config: ExtractConfig
+) -> None:
+    """A hook that is put into a block after it was compiled is never called."""
+    planned = plan(replace(config, compile=True, **inside))
     extractor = load_extractor(planned.config, planned.backbone)
     compiled = {
         address: slot.block._compiled_call_impl is not None
         for address, slot in extractor.backbone.blocks.items()
     }
     assert compiled == {address: address.startswith("single.") for address in compiled}
-    without = load_extractor(replace(planned.config, concepts={}), planned.backbone)
+    without = load_extractor(replace(planned.config, concepts={}, cross_attention=False), planned.backbone)
     assert all(slot.block._compiled_call_impl is not None for slot in without.backbone.blocks.values())
 
 
@@ -81,7 +86,7 @@ def test_a_failing_compiler_is_one_line_with_the_way_out(tiny_flux_folder: Path)
 
     backbone = load_backbone(describe(str(tiny_flux_folder)))
     torch._dynamo.register_backend(broken, name="broken")
-    compile_blocks(backbone.blocks, concepts=False, compiler="broken")
+    compile_blocks(backbone.blocks, read_inside=False, compiler="broken")
     with pytest.raises(BackboneError, match=r"no C compiler.*--no-compile"), compile_errors():
         tapped(backbone, ["single.0"])
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from mmdiff_cache.backbones.base import Backbone
 from mmdiff_cache.backbones.registry import describe, load_backbone
 from mmdiff_cache.config import ExtractConfig
-from mmdiff_cache.errors import ConfigError, StoreError
+from mmdiff_cache.errors import BackboneError, ConfigError, StoreError
 from mmdiff_cache.extraction.cross_attention import reading
 from mmdiff_cache.extraction.run import extract
 from mmdiff_cache.extraction.taps import capturing
@@ -89,6 +89,14 @@ def test_the_model_never_knows_of_it(backbone: Backbone) -> None:
     assert all(torch.equal(blocks[address], same_blocks[address]) for address in blocks)
     again, _, _, _ = run(backbone, read=False)
     assert torch.equal(plain, again)
+
+
+def test_a_block_that_was_compiled_is_refused(tiny_flux_folder: Path) -> None:
+    """Its graph may be older than the hooks, which would then never be called."""
+    compiled = load_backbone(describe(str(tiny_flux_folder)))
+    compiled.blocks["double.1"].block.compile(backend="eager")
+    with pytest.raises(BackboneError, match="cross-attention need uncompiled double blocks"):
+        run(compiled, read=True)
 
 
 def test_a_store_keeps_it_beside_the_rest(tiny_flux_folder: Path, tmp_path: Path) -> None:

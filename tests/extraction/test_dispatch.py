@@ -14,7 +14,7 @@ from mmdiff_cache.extraction import dispatch as module
 from mmdiff_cache.extraction.dispatch import Crew, Died, Finished, Outcome, Task, Troubled, dispatch
 from mmdiff_cache.store.records import partitions
 
-DONE = Finished(samples=2, failed=(), size=10)
+DONE = Finished(samples=2, failed=(), size=10, seconds={})
 PASSING = Troubled(reason="stale file handle", error=None, may_pass=True)
 FULL = Troubled(reason="full", error=StorageError("no space left"), may_pass=False)
 

@@ -13,7 +13,7 @@ from mmdiff_cache.backbones.registry import describe
 from mmdiff_cache.backbones.timing import time_blocks
 from mmdiff_cache.config import ExtractConfig
 from mmdiff_cache.extraction.measured import FILE, known_speed, machine_of
-from mmdiff_cache.extraction.plan import plan, with_time
+from mmdiff_cache.extraction.plan import on_workers, plan, with_time
 from mmdiff_cache.extraction.resolve import resolve
 from mmdiff_cache.extraction.run import extract
 from mmdiff_cache.store.reader import Store
@@ -102,7 +102,7 @@ def test_blocks_are_timed_where_nothing_is_known(config: ExtractConfig, tmp_path
     assert timed.cost.seconds is not None
     assert timed.cost.seconds > 0
     assert "timed: two of its blocks with random weights" in str(timed)
-    assert timed.cost.gpus == with_time(timed, workers=2).cost.gpus == 1, "processes share the CPU's cores"
+    assert timed.cost.gpus == on_workers(timed, 2).cost.gpus == 1, "processes share the CPU's cores"
     assert timed.cost.speed is not None
     rack = replace(timed.cost, machine="some GPU", speed=replace(timed.cost.speed, value=1e12), gpus=8)
     assert rack.seconds == pytest.approx(timed.cost.operations / 8e12)

@@ -109,6 +109,8 @@ def test_an_interruption_is_quick_and_the_next_run_goes_on(
     with pytest.raises(KeyboardInterrupt):
         extract(config, press_ctrl_c)
     assert plan(config).done == 2 * max(batches - 1, 0)
+    log = (Path(str(config.store)) / "logs" / "extract.log").read_text()
+    assert log.endswith("stopped: KeyboardInterrupt\n")
     told: list[int] = []
     store = extract(config, lambda done, total, state: told.append(done))
     # The partition whose batch was just reported was not committed yet, so it is done again.
@@ -235,6 +237,7 @@ def test_too_little_disk_is_found_before_anything_is_begun(
     with pytest.raises(StorageError, match="free; choose fewer --layers"):
         extract(config)
     assert not Path(str(config.store)).exists()
+    assert extract(config, force=True).samples_done == 5
 
 
 @pytest.fixture

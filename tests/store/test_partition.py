@@ -106,6 +106,11 @@ def test_a_value_that_is_not_finite_fails_its_sample_alone(
         (lambda s: {"prompt": "a \udcff"}, "prompt is not UTF-8 text"),
         (lambda s: {"labels": {**s.labels, "depth": s.labels["classes"]}}, "label depth must be float32"),
         (lambda s: {"labels": {**s.labels, "classes": s.labels["classes"][:3]}}, "network size"),
+        (lambda s: {"labels": {**s.labels, "classes": s.labels["classes"] + 9}}, "which is no class"),
+        (
+            lambda s: {"original_labels": {**s.original_labels, "classes": s.original_labels["classes"] + 9}},
+            "which is no class and not ignored",
+        ),
         (
             lambda s: {"original_labels": {**s.original_labels, "salient": np.zeros((11, 2), np.uint8)}},
             r"original label salient has \[11, 2\] pixels, the canvas holds \[10, 14\]",
