@@ -41,7 +41,7 @@ def _lines(planned: TrainingPlan) -> dict[str, str]:
     parts = ", ".join(f"{name} {count:,}" for name, count in planned.parameters.items())
     lines = {
         "task": f"{config.task} on {setup.origin.dataset}, judged by {_judge(setup)}",
-        "features": f"{_features(setup)} of {setup.origin.backbone}, from {setup.store.path}",
+        "features": f"{_features(setup)}, from {setup.store.path}",
         "samples": f"{samples:,} trained on, {held_out:,} held out",
         "parameters": f"{sum(planned.parameters.values()):,}: {parts}",
         "steps": f"{steps:,} of {batch_size} ({steps * batch_size / samples:.1f} passes), {_checks(config)}",
@@ -59,8 +59,9 @@ def _judge(setup: Setup) -> str:
 def _features(setup: Setup) -> str:
     config = setup.config
     if config.source != "hidden_states":
-        return f"the {config.source}, not the features,"
-    words = [f"{len(setup.samples.layers)} layers x {len(setup.samples.timesteps)} timesteps"]
+        return f"none: the {config.source} in their place"
+    layers, timesteps = len(setup.samples.layers), len(setup.samples.timesteps)
+    words = [f"{layers} layers x {timesteps} timesteps of {setup.origin.backbone}"]
     if config.concepts != NO_CONCEPTS:
         words.append(f"concepts {config.concepts}")
     return ", ".join([*words, *config.discriminative])
