@@ -47,6 +47,14 @@ class Header:
     """Checks since then without a better one: what early stopping counts."""
 
 
+_REMEDIES = {
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "free some space",
+    errno.EFBIG: "lift the limit on the size of files (ulimit -f)",
+    errno.EIO: "check the disk",
+}
+"""What helps where the place itself is right; after it the same command goes on."""
+
 Groups = Mapping[str, Mapping[str, Tensor]]
 
 
@@ -110,15 +118,15 @@ def refusal(what: str, error: Exception, kept: str = "") -> StorageError:
     """The one line for a file system that refuses; StorageRefused where only another place would help."""
     code = error.errno if isinstance(error, OSError) else _code_of(error)
     reason = os.strerror(code).lower() if code else str(error)
-    if code in (errno.EROFS, errno.EACCES, errno.EPERM):
+    remedy = _REMEDIES.get(code or 0)
+    if remedy is None:
         return StorageRefused(f"cannot write {what}: {reason}{kept}; choose another place with --run")
-    remedy = "free some space and run" if code in (errno.ENOSPC, errno.EDQUOT) else "check the disk and run"
-    return StorageError(f"cannot write {what}: {reason}{kept}; {remedy} the same command again, it goes on")
+    return StorageError(f"cannot write {what}: {reason}{kept}; {remedy} and run the same command again")
 
 
 def _code_of(error: Exception) -> int | None:
     """The system's error number inside of safetensors' own error, which has it as text."""
-    found = re.search(r"Os \{ code: (\d+)", str(error))
+    found = re.search(r"(?:os error|code:) (\d+)", str(error))
     return int(found[1]) if found else None
 
 

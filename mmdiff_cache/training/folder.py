@@ -22,7 +22,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from mmdiff_cache.errors import ConfigError, StorageRefused
+from mmdiff_cache.errors import ConfigError
 from mmdiff_cache.training.checkpoint import BEST, partial_name, refusal, write_bytes
 
 RUNS = Path("runs")
@@ -40,7 +40,7 @@ def new_folder(name: str, runs: Path = RUNS) -> Path:
         except FileExistsError:
             number += 1
         except OSError as error:
-            raise _refused(folder, error) from error
+            raise refusal(f"the run folder {folder}", error) from error
         else:
             return folder.absolute()
 
@@ -53,19 +53,13 @@ def open_folder(folder: Path) -> bool:
     except FileExistsError:
         raise ConfigError(f"{folder} is a file; a run is a folder: choose another --run") from None
     except OSError as error:
-        raise _refused(folder, error) from error
+        raise refusal(f"the run folder {folder}", error) from error
     foreign = sorted(set(entries) - {LOG, partial_name(CONFIG)})  # these come before the configuration
     if foreign and CONFIG not in entries:
         raise ConfigError(
             f"{folder} is not empty and holds no run (it has {foreign[0]!r}); choose another --run"
         )
     return CONFIG in entries
-
-
-def _refused(folder: Path, error: OSError) -> StorageRefused:
-    return StorageRefused(
-        f"cannot make the run folder {folder}: {error.strerror or error}; choose another with --run"
-    )
 
 
 @contextmanager

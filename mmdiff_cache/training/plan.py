@@ -45,7 +45,7 @@ def _lines(planned: TrainingPlan) -> dict[str, str]:
         of = "" if len(setup.parts) == 1 else f" {len(lines) // 3 + 1}"
         lines |= {
             f"task{of}": f"{part.task.name} on {part.origin.dataset}, judged by {_judge(part)}",
-            f"features{of}": f"{_features(part)} of {part.origin.backbone}, from {part.store.path}",
+            f"features{of}": f"{_features(part)}, from {part.store.path}",
             f"samples{of}": f"{len(part.samples):,} trained on, {held_out:,} held out",
         }
     lines |= {
@@ -65,8 +65,9 @@ def _judge(part: Part) -> str:
 def _features(part: Part) -> str:
     config = part.config
     if config.source != "hidden_states":
-        return f"the {config.source}, not the features,"
-    words = [f"{len(part.samples.layers)} layers x {len(part.samples.timesteps)} timesteps"]
+        return f"none: the {config.source} in their place"
+    layers, timesteps = len(part.samples.layers), len(part.samples.timesteps)
+    words = [f"{layers} layers x {timesteps} timesteps of {part.origin.backbone}"]
     if config.concepts != NO_CONCEPTS:
         words.append(f"concepts {config.concepts}")
     return ", ".join([*words, *config.discriminative])
