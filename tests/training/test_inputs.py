@@ -190,7 +190,8 @@ def test_pictures_are_not_standardised(rich_store: Path) -> None:
 def test_the_command_line_sets_every_switch(rich_store: Path, tmp_path: Path) -> None:
     choices = [
         "concept_maps.temperature=0.5", "concept_maps.blocks=double.1", "variants=0,1", "timesteps=0.26,0.26",
-        "drop_channels=[4]", "standardise=true", "decoder=linear", "aggregator.width=16", "steps=1", "batch_size=2", "limit=4", "subset_seed=3", "aggregator.heads=2",
+        "drop_channels=[4]", "standardise=true", "decoder=linear", "aggregator.width=16", "steps=1",
+        "batch_size=2", "limit=4", "subset_seed=3", "aggregator.heads=2",
     ]  # fmt: skip
     arguments = ["train", "--task", "depth", "--store", str(rich_store), "--run", str(tmp_path / "run")]
     assert command([*arguments, *(word for choice in choices for word in ("--set", choice))]) == 0
