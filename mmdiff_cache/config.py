@@ -100,6 +100,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         raise ConfigError(f"{where} must be one of {', '.join(map(str, arguments))}, got {value!r}")
     if origin is tuple:
         items = [value] if isinstance(value, (str, int, float)) else value
+        if arguments[0] in (int, float):  # '0.26,0.52' was split, not read: block addresses may be numbers
+            items = [_parse_text(item) if isinstance(item, str) else item for item in items]
         return tuple(_convert(arguments[0], item, where) for item in items)
     if origin in (dict, Mapping):
         return {key: _convert(arguments[1], item, where) for key, item in dict(value).items()}

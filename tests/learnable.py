@@ -17,7 +17,7 @@ from mmdiff_cache.datasets.transforms import prepare
 from mmdiff_cache.extraction.extractor import store_as_float16
 from mmdiff_cache.records import FeatureBatch, LabelSpec, PreparedSample
 from mmdiff_cache.store.manifest import Manifest
-from mmdiff_cache.store.schema import LabelArray, StoreSchema, Vocabulary
+from mmdiff_cache.store.schema import Discriminative, LabelArray, StoreSchema, Variant, Vocabulary
 from mmdiff_cache.store.writer import open_writer
 
 GRID, PATCH, CHANNELS, LATENT = 4, 8, 32, 4
@@ -58,6 +58,24 @@ def make_schema(**changes: object) -> StoreSchema:
         "partition_size": 4,
     }
     return StoreSchema(**{**values, **changes})  # type: ignore[arg-type]
+
+
+FOUR_VARIANTS = tuple(
+    Variant(noise_draw=draw, flipped=flipped) for flipped in (False, True) for draw in (0, 1)
+)
+ENCODER = Discriminative(name="eyes", layers=("2", "11"), grid=(2, 2), channels=24)
+
+
+def make_rich_schema(**changes: object) -> StoreSchema:
+    """Two draws and their mirror images, attention maps and an encoder."""
+    return make_schema(
+        **{
+            "variants": FOUR_VARIANTS,
+            "cross_attention": BLOCKS,
+            "discriminative": (ENCODER,),
+            **changes,
+        }
+    )
 
 
 def make_manifest(
@@ -120,28 +138,40 @@ def make_sample(sample_id: str) -> PreparedSample:
 
 
 def make_features(schema: StoreSchema, ids: list[str], noise: float = 1.0) -> FeatureBatch:
+    """Every variant has noise of its own; a mirrored one shows the mirrored classes."""
     steps, layers, (rows, columns) = len(schema.timesteps), len(schema.layers), schema.grid
-    shape = (1, steps, layers, rows, columns, schema.channels)
+    variants = len(schema.variants)
+    shape = (variants, steps, layers, rows, columns, schema.channels)
     hidden, latents, scores = [], [], {v.name: [] for v in schema.vocabularies}
+    attention, encoded = [], {encoder.name: [] for encoder in schema.discriminative}
     for sample_id in ids:
         random = np.random.default_rng(_seed("features", sample_id))
-        shown = np.zeros((rows, columns, schema.channels), np.float32)
+        shown = np.zeros((variants, 1, 1, rows, columns, schema.channels), np.float32)
         if schema.grid == (GRID, GRID):
-            shown[..., : len(CLASSES)] = np.eye(len(CLASSES))[class_grid(sample_id)] * 6
+            for number, variant in enumerate(schema.variants):
+                classes = class_grid(sample_id)[:, :: -1 if variant.flipped else 1]
+                shown[number, ..., : len(CLASSES)] = np.eye(len(CLASSES))[classes] * 6
         hidden.append((shown + noise * random.standard_normal(shape)).astype(np.float16))
         latents.append(random.standard_normal((rows, columns, schema.latent_channels)).astype(np.float32))
         for v in schema.vocabularies:
-            size = (1, steps, len(v.blocks), len(v.concepts), rows, columns)
+            size = (variants, steps, len(v.blocks), len(v.concepts), rows, columns)
             scores[v.name].append((3 * random.standard_normal(size)).astype(np.float32))
+        size = (variants, steps, len(schema.cross_attention), rows, columns)
+        attention.append(random.uniform(0, 0.1, size).astype(np.float32))
+        for encoder in schema.discriminative:
+            size = (variants, len(encoder.layers), *encoder.grid, encoder.channels)
+            encoded[encoder.name].append(random.standard_normal(size).astype(np.float16))
     stacked = {name: np.stack(rows_) for name, rows_ in scores.items()}
     hidden_states = np.stack(hidden)
-    audit = store_as_float16(torch.from_numpy(hidden_states[:, 0]))[1].numpy()[:, None]
+    audits = [store_as_float16(torch.from_numpy(hidden_states[:, v]))[1].numpy() for v in range(variants)]
     return FeatureBatch(
         hidden_states=hidden_states,
         concept_scores=stacked,
         concept_maps={v.name: expected_maps(stacked[v.name], v) for v in schema.vocabularies},
         latents=np.stack(latents),
-        audit=audit,
+        audit=np.stack(audits, axis=1),
+        cross_attention=np.stack(attention) if schema.cross_attention else None,
+        discriminative={name: np.stack(maps) for name, maps in encoded.items()},
     )
 
 

@@ -17,8 +17,10 @@ class Batch:
     """float16 features; with source `latents` the float32 latent, with `images` the picture in [-1, 1],
     with `discriminative` the encoder's blocks: then T = 1.
     """
-    concepts: Float[Tensor, "B K h w"] | None
-    """Concept maps in [0, 1] that add up to 1 over the concepts, or averaged attention, of the order of 1."""
+    concepts: Float[Tensor, "B K rows columns"] | None
+    """Concept maps in [0, 1] that add up to 1 over the concepts, or averaged attention, of the order of 1;
+    on the backbone's grid, whatever the source.
+    """
     discriminative: tuple[Tensor, ...]
     """One map [B D h w] a discriminative encoder, on its own grid: all channels of its blocks, in order."""
     targets: Mapping[str, Tensor]

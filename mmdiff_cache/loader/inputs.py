@@ -120,7 +120,7 @@ def settle(
     discriminative: Sequence[str] = (),
 ) -> Inputs:
     """Check every choice against a store and fill what is None. Raises ConfigError for what cannot be."""
-    check_stored("discriminative features", discriminative, reader.discriminative, reader.path)
+    check_stored("discriminative encoder", discriminative, reader.discriminative, reader.path)
     chosen = tuple(reader.timesteps[reader.timestep_index(t)] for t in timesteps or reader.timesteps)
     if concepts is None or concepts == NO_CONCEPTS:
         guides: tuple[Guide, ...] = ()

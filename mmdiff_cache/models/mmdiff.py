@@ -147,7 +147,7 @@ class MMDiff(nn.Module):
     def forward(
         self,
         hidden_states: Float[Tensor, "B T L h w C"],
-        concepts: Float[Tensor, "B K h w"] | None = None,
+        concepts: Float[Tensor, "B K _ _"] | None = None,
         discriminative: Sequence[Float[Tensor, "B _ _ _"]] = (),
         size: tuple[int, int] | None = None,
     ) -> Float[Tensor, "B out H W"]:
@@ -186,7 +186,7 @@ class MMDiff(nn.Module):
             )
 
     def _guidance(
-        self, concepts: Float[Tensor, "B K h w"] | None, discriminative: Sequence[Float[Tensor, "B _ _ _"]]
+        self, concepts: Float[Tensor, "B K _ _"] | None, discriminative: Sequence[Float[Tensor, "B _ _ _"]]
     ) -> Float[Tensor, "B G h w"] | None:
         """Concept maps and discriminative features on the token grid, side by side. Paper: Sec. 3.3."""
         maps = [*([] if concepts is None else [concepts]), *discriminative]

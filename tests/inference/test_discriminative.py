@@ -140,7 +140,7 @@ def test_a_name_that_is_not_stored_is_refused_with_those_that_are(
     arguments = ["train", "--task", "depth", "--store", str(store.path), "--run", str(tmp_path / "run")]
     assert command([*arguments, "--set", "discriminative=dinov3-vitb16"]) == 2
     shown = " ".join(capsys.readouterr().err.split())
-    assert "discriminative features 'dinov3-vitb16' are not in" in shown
+    assert "discriminative encoder 'dinov3-vitb16' is not in" in shown
     assert f"stored: {NAME}" in shown
     assert not (tmp_path / "run").exists()
 

@@ -319,7 +319,7 @@ def test_unfinished_samples_are_refused_by_name(tmp_path: Path) -> None:
         ({"timesteps": [0.5]}, "timestep 0.5 .* stored: 0.78, 0.26, 0.001"),
         ({"concepts": "animals"}, "concept vocabulary 'animals' .* stored: segmentation, saliency, depth"),
         ({"labels": ("normals",)}, "label set 'normals' .* stored: segmentation"),
-        ({"discriminative": ("dinov3",)}, "discriminative features 'dinov3' .* stored: none"),
+        ({"discriminative": ("dinov3",)}, "discriminative encoder 'dinov3' .* stored: none"),
     ],
 )
 def test_what_is_not_stored_is_refused_with_what_is(
