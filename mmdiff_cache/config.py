@@ -262,10 +262,12 @@ class ExtractConfig(Config):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AggregatorConfig(Config):
-    """The token aggregation module. None takes the preset's reading of the paper (docs/paper-notes.md)."""
+    """How timesteps become one map. None takes the preset's reading of the paper (docs/paper-notes.md)."""
 
     kind: str = "token"
-    """A name in models.mmdiff.AGGREGATORS."""
+    """`token` is the paper's; `mean`, `concat`, `global` and `none` are compared with it, and use `width` and
+    `norm` alone.
+    """
     preset: Literal["appendix_f", "section_3_1"] = "appendix_f"
     width: int | None = None
     """D; by default the backbone's (768 for FLUX.1-dev)."""

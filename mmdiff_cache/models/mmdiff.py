@@ -21,6 +21,7 @@ from .decoder import CHANNELS_PER_GROUP, Decoder, resize
 from .deeplabv3plus import DeepLabV3Plus
 from .dpt import DPT
 from .linear import Linear
+from .simple_aggregators import ConcatAggregator, GlobalAggregator, MeanAggregator, SingleAggregator
 
 DECODER_STRIDE = 4
 """Decoders work on a grid of one place for 4 x 4 pixels, as DeepLabV3+ and DPT do on their own backbones."""
@@ -62,7 +63,7 @@ class ModelSpec(Config):
 
 
 def resolve_model(spec: ModelSpec) -> ModelSpec:
-    """Fill the Nones; raise ConfigError where the paper's constraint D < C or a grid does not hold.
+    """Fill the Nones; raise ConfigError where the paper's constraint D < C or a shape does not hold.
 
     Latents are not compressed, so D may reach or pass C there, and they are tame, so nothing normalises them.
     """
@@ -78,6 +79,11 @@ def resolve_model(spec: ModelSpec) -> ModelSpec:
         raise ConfigError(
             f"aggregator.width must be below the backbone's {spec.channels} channels (Sec. 3.1), "
             f"got {config.width}; --set aggregator.width={max(spec.channels // 2, 1)}"
+        )
+    if config.kind == "none" and spec.timesteps != 1:
+        raise ConfigError(
+            f"aggregator.kind none takes one timestep, got {spec.timesteps}; choose one with --timesteps, or "
+            "fuse them with --set aggregator.kind=mean"
         )
     if len(spec.grid) != 2 or min(spec.grid) < 1:
         raise ConfigError(f"grid must be two positive numbers, rows and columns of tokens, got {spec.grid}")
@@ -146,11 +152,18 @@ class MMDiff(nn.Module):
         output = self.decoder(features, self._guidance(concepts, discriminative), size)
         return output.exp() if self.spec.output == "depth" else output
 
-    def aggregation_weights(self, hidden_states: Float[Tensor, "B T L h w C"]) -> Float[Tensor, "B T L h w"]:
-        """What each timestep counts at each token, layer by layer; 1 in sum over T."""
-        aggregators = cast(Sequence[TokenAggregator], self.aggregators)
+    def aggregation_weights(
+        self, hidden_states: Float[Tensor, "B T L h w C"]
+    ) -> Float[Tensor, "B T L h w"] | None:
+        """What each timestep counts at each token, layer by layer; 1 in sum over T.
+
+        None for an aggregator that does not weigh timesteps (`concat`, `none`).
+        """
+        aggregators = cast(Sequence[Aggregator], self.aggregators)
         layers = zip(aggregators, hidden_states.unbind(dim=2), strict=True)
-        return torch.stack([aggregator.aggregate(x).weights for aggregator, x in layers], dim=2)
+        weights = [aggregator.aggregate(x).weights for aggregator, x in layers]
+        known = [x for x in weights if x is not None]
+        return torch.stack(known, dim=2) if len(known) == len(weights) else None
 
     def parameter_counts(self) -> Mapping[str, int]:
         """Trainable parameters of each part: aggregators, decoder, head."""
@@ -214,7 +227,13 @@ DECODERS: dict[str, Callable[[ModelSpec], Decoder]] = {
 }
 """Every decoder by name; a new one is a file with its class and a line here."""
 
-AGGREGATORS: dict[str, Callable[..., Aggregator]] = {"token": TokenAggregator}
+AGGREGATORS: dict[str, Callable[..., Aggregator]] = {
+    "token": TokenAggregator,
+    "mean": MeanAggregator,
+    "concat": ConcatAggregator,
+    "global": GlobalAggregator,
+    "none": SingleAggregator,
+}
 """Every aggregator by `aggregator.kind`; a new one is a file with its class and a line here."""
 
 
