@@ -282,6 +282,8 @@ class AggregatorConfig(Config):
     cbam: Literal["after_skip", "before_skip"] | None = None
     weights_on: Literal["transformed", "projected"] | None = None
     """What the per-pixel weights multiply: the transformer's outputs or the projected features."""
+    checkpointing: bool = False
+    """Keep less memory in training: each layer's aggregator is computed a second time for its gradients."""
 
     def __post_init__(self) -> None:
         for name in ("width", "heads", "mlp_ratio"):
@@ -341,6 +343,8 @@ class TrainConfig(Config):
     seed: int = 0
     device: str = "auto"
     precision: Literal["float32", "bfloat16"] = "float32"
+    compile: bool | None = None
+    """Compile the aggregators' blocks; by default on CUDA alone. Results differ by rounding."""
     memory: int = 2 * 1024**3
     """Bytes of decoded samples that are kept, so that a small store is read only once; 0 keeps none."""
 

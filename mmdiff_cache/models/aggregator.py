@@ -10,11 +10,12 @@ compared with is in `simple_aggregators`.
 import dataclasses
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from mmdiff_cache.config import AggregatorConfig
@@ -92,9 +93,9 @@ class Projections(nn.ModuleList):
     def __init__(self, channels: int, timesteps: int, width: int, norm: str) -> None:
         super().__init__(TimestepProjection(channels, width, norm) for _ in range(timesteps))
 
-    def forward(self, features: Float[Tensor, "B T h w C"]) -> Float[Tensor, "T M D"]:
-        """F_proj with the timestep first and all positions of the batch, M = B h w, in one axis."""
-        return torch.stack([project(x) for project, x in zip(self, timesteps_first(features), strict=True)])
+    def forward(self, features: Float[Tensor, "B T h w C"]) -> list[Float[Tensor, "M D"]]:
+        """F_proj of each timestep, with all positions of the batch, M = B h w, in one axis."""
+        return [project(x) for project, x in zip(self, timesteps_first(features), strict=True)]
 
 
 def timesteps_first(features: Float[Tensor, "B T h w C"]) -> Float[Tensor, "T M C"]:
@@ -106,7 +107,26 @@ def timesteps_first(features: Float[Tensor, "B T h w C"]) -> Float[Tensor, "T M 
 def to_map(tokens: Float[Tensor, "M D"], features: Float[Tensor, "B T h w C"]) -> Float[Tensor, "B D h w"]:
     """Tokens back at the places that they have in the features."""
     batch, _, rows, columns, _ = features.shape
-    return tokens.unflatten(0, (batch, rows, columns)).permute(0, 3, 1, 2)
+    return cast(Tensor, TokenGradients.apply(tokens.unflatten(0, (batch, rows, columns)).permute(0, 3, 1, 2)))
+
+
+class TokenGradients(torch.autograd.Function):
+    """The map itself; its gradient is laid out token by token.
+
+    A decoder's gradients come channel by channel, and whatever adds or multiplies gradients keeps their
+    layout; so all that lies before would be done across memory instead of along it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, features: Float[Tensor, "B D h w"]) -> Float[Tensor, "B D h w"]:
+        """The same values."""
+        return features.view_as(features)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Float[Tensor, "B D h w"]) -> Float[Tensor, "B D h w"]:  # pyright: ignore
+        """The same gradients, channels last."""
+        return grad.contiguous(memory_format=torch.channels_last)
 
 
 class Aggregator(nn.Module, ABC):
@@ -162,12 +182,13 @@ class TokenAggregator(Aggregator):
 
     def aggregate(self, features: Float[Tensor, "B T h w C"]) -> Aggregation:
         """The fused map together with the weights that made it."""
-        projected = self.projections(features)
+        timesteps = self.projections(features)
+        projected = torch.stack(timesteps)
         transformed = self.transformer(projected)
         weights = functional.softmax(self.weight_head(transformed).float(), dim=0)
         values = transformed if self.config.weights_on == "transformed" else projected
         fused = to_map((weights * values).sum(dim=0), features)
-        skip = to_map(self._skip(projected[self.cleanest]), features)
+        skip = to_map(self._skip(timesteps[self.cleanest]), features)
         fused = self.cbam(fused + skip) if self.config.cbam == "after_skip" else self.cbam(fused) + skip
         batch, _, rows, columns, _ = features.shape
         return Aggregation(

@@ -7,11 +7,12 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from mmdiff_cache.config import AggregatorConfig, Config, DecoderName, filled
 from mmdiff_cache.errors import ConfigError
@@ -22,6 +23,7 @@ from .deeplabv3plus import DeepLabV3Plus
 from .dpt import DPT
 from .linear import Linear
 from .simple_aggregators import ConcatAggregator, GlobalAggregator, MeanAggregator, SingleAggregator
+from .temporal import Block
 
 DECODER_STRIDE = 4
 """Decoders work on a grid of one place for 4 x 4 pixels, as DeepLabV3+ and DPT do on their own backbones."""
@@ -144,13 +146,32 @@ class MMDiff(nn.Module):
     ) -> Float[Tensor, "B out H W"]:
         """Logits, or depth in metres, in float32 at `size` = (H, W); by default grid times patch."""
         self._check_features(tuple(hidden_states.shape[1:]))
-        features = [
-            aggregate(x) for aggregate, x in zip(self.aggregators, hidden_states.unbind(dim=2), strict=True)
-        ]
+        layers = zip(self.aggregators, hidden_states.unbind(dim=2), strict=True)
+        features = [self._aggregate(aggregator, x) for aggregator, x in layers]
         rows, columns = self.spec.grid
         size = size or (rows * self.spec.patch, columns * self.spec.patch)
         output = self.decoder(features, self._guidance(concepts, discriminative), size)
         return output.exp() if self.spec.output == "depth" else output
+
+    def compile_blocks(self, compiler: str | Callable[..., Any] = "inductor") -> int:
+        """Compile the blocks of the temporal transformers when they are first called; how many will be.
+
+        All of them have one shape, so they share one graph. Dropout draws the same numbers as without;
+        results differ by rounding.
+        """
+        blocks = [module for module in self.aggregators.modules() if isinstance(module, Block)]
+        options = {"fallback_random": True} if compiler == "inductor" else None
+        for block in blocks:
+            block.compile(backend=compiler, options=options)
+        return len(blocks)
+
+    def _aggregate(
+        self, aggregator: nn.Module, features: Float[Tensor, "B T h w C"]
+    ) -> Float[Tensor, "B D h w"]:
+        """One layer's fused map; with `aggregator.checkpointing` nothing inside is kept for the gradients."""
+        if self.spec.aggregator.checkpointing and torch.is_grad_enabled():
+            return cast(Tensor, checkpoint(aggregator, features, use_reentrant=False))
+        return aggregator(features)
 
     def aggregation_weights(
         self, hidden_states: Float[Tensor, "B T L h w C"]

@@ -33,7 +33,7 @@ class MeanAggregator(ProjectedAggregator):
     def aggregate(self, features: Float[Tensor, "B T h w C"]) -> Aggregation:
         """The mean, and equal weights."""
         batch, timesteps, rows, columns, _ = features.shape
-        fused = self.projections(features).mean(dim=0)
+        fused = torch.stack(self.projections(features)).mean(dim=0)
         weights = torch.full((1, 1, 1, 1), 1 / timesteps, device=features.device)
         return Aggregation(
             fused=to_map(fused, features), weights=weights.expand(batch, timesteps, rows, columns)
@@ -59,7 +59,7 @@ class GlobalAggregator(ProjectedAggregator):
         """The weighted sum, and the weights at every token."""
         batch, timesteps, rows, columns, _ = features.shape
         weights = functional.softmax(self.mixing.float(), dim=0)
-        fused = (weights[:, None, None] * self.projections(features)).sum(dim=0)
+        fused = (weights[:, None, None] * torch.stack(self.projections(features))).sum(dim=0)
         everywhere = weights.view(1, timesteps, 1, 1).expand(batch, timesteps, rows, columns)
         return Aggregation(fused=to_map(fused, features), weights=everywhere)
 

@@ -68,6 +68,7 @@ def resolve(config: TrainConfig) -> TrainConfig:
     label_spec(reader, task)
     batch_size = config.batch_size or task.batch_size
     width = config.aggregator.width or default_width(reader.channels)
+    device = pick_device(config.device)
     return replace(
         config,
         stores=(str(store.path.absolute()),),
@@ -83,7 +84,8 @@ def resolve(config: TrainConfig) -> TrainConfig:
         decoder_width=config.decoder_width or default_decoder_width(width),
         steps=config.steps or _steps(config, task, reader, batch_size),
         batch_size=batch_size,
-        device=pick_device(config.device),
+        device=device,
+        compile=device.startswith("cuda") if config.compile is None else config.compile,
     )
 
 

@@ -16,6 +16,7 @@ from mmdiff_cache.tasks import better, headline
 from mmdiff_cache.training import checkpoint
 from mmdiff_cache.training.build import Model, Setup, build_model, spec_to_json
 from mmdiff_cache.training.checkpoint import BEST, EMA, LAST, OPTIMISER, RAW, RNG, Header
+from mmdiff_cache.training.compilation import compile_errors, compile_model
 from mmdiff_cache.training.ema import Ema
 from mmdiff_cache.training.folder import append_metrics, cut_metrics
 from mmdiff_cache.training.optim import make_optimizer, make_schedule
@@ -40,6 +41,8 @@ class Trainer:
         self.device = torch.device(self.config.device)
         self.model: Model = build_model(setup.spec).to(self.device).train()
         self.ema: Ema[Model] = Ema(self.model, self.config.ema)
+        if self.config.compile:
+            compile_model(self.model)
         self.optimiser: AdamW = make_optimizer(
             self.model,
             learning_rate=self.config.learning_rate,
@@ -82,6 +85,7 @@ class Trainer:
                 saved = time.monotonic()
             progress(self.step, self.steps, f"loss {loss:.4f}, {speed:.3g} samples/s")
 
+    @compile_errors()
     def learn(self, batch: Batch) -> float:
         """One step; its loss. Raises TrainingError, naming the samples, if that is not finite."""
         task = self.setup.task

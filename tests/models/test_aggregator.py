@@ -253,7 +253,7 @@ def test_starts_as_the_mean_over_timesteps_of_what_was_projected() -> None:
     torch.manual_seed(0)
     model = TokenAggregator(channels=C, timesteps=T, width=D, cleanest=0, config=SMALL).eval()
     features = random_features()
-    projected = model.projections(features)
+    projected = torch.stack(model.projections(features))
     transformed = model.transformer(projected)
     torch.testing.assert_close(transformed, projected + model.transformer.positions, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(
@@ -307,19 +307,16 @@ def test_transformer_and_its_gradients_are_those_of_pytorchs_own() -> None:
 def test_attention_has_the_gradients_of_its_formula() -> None:
     """By finite differences in float64, and against autograd through the plain formula."""
     torch.manual_seed(0)
-    q, k, v = (torch.randn(2, 3, T, 5, dtype=torch.float64, requires_grad=True) for _ in range(3))
-    assert torch.autograd.gradcheck(PairwiseAttention.apply, (q, k, v))
+    qkv = torch.randn(3, 2, 3, T, 5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(PairwiseAttention.apply, (qkv,))
+    q, k, v = qkv
     scores = torch.einsum("hdtm,hdsm->htsm", q, k) / math.sqrt(3)
     plain = torch.einsum("htsm,hdsm->hdtm", scores.softmax(dim=2), v)
-    result = PairwiseAttention.apply(q, k, v)
+    result = PairwiseAttention.apply(qkv)
     torch.testing.assert_close(result, plain)
     weight = torch.randn_like(plain)
-    for mine, theirs in zip(
-        torch.autograd.grad(result, (q, k, v), weight),
-        torch.autograd.grad(plain, (q, k, v), weight),
-        strict=True,
-    ):
-        torch.testing.assert_close(mine, theirs)
+    (mine,), (theirs,) = (torch.autograd.grad(x, qkv, weight) for x in (result, plain))
+    torch.testing.assert_close(mine, theirs)
 
 
 def test_dropout_keeps_the_mean_and_meets_its_rate() -> None:
