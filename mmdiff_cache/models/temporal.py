@@ -111,8 +111,8 @@ class TemporalAttention(nn.Module):
         timesteps, positions, width = x.shape
         heads = self.qkv(x).view(timesteps, positions, 3, self.heads, width // self.heads)
         parts = heads.permute(2, 1, 3, 0, 4).split(MOST_SEQUENCES, dim=1)
-        mixed = torch.cat([functional.scaled_dot_product_attention(*part) for part in parts])
-        return mixed.permute(2, 0, 1, 3).reshape(timesteps * positions, width)
+        mixed = [functional.scaled_dot_product_attention(*part).permute(2, 0, 1, 3) for part in parts]
+        return torch.cat(mixed, dim=1).view(timesteps * positions, width)
 
 
 def _scaled(linear: nn.Linear, x: Float[Tensor, "N E"], scale: Float[Tensor, " D"]) -> Float[Tensor, "N D"]:
