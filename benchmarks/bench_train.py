@@ -40,7 +40,7 @@ DEPTH = LabelSpec(name="depth", kind="depth", valid_range=(0.1, 40.0))
 OURS, THEIRS = "ours", "theirs"
 FED, HELD, READ = "fed from the store", "data on the device", "reading alone"
 PLAIN, BRANCHES, NONE = "dropout 0.1 as each has it", "dropout 0.1 on the branches alone", "no dropout"
-"""PyTorch's layer drops inside attention and MLP too; ours, as the paper's notes say, on the branches alone."""
+"""PyTorch's layer drops inside attention and MLP too, ours on the branches alone (docs/paper-notes.md)."""
 FEEDING_AIM, TRANSFORMER_AIM = 0.90, 2.0
 TIMESTEPS = 4
 AHEAD = 8
@@ -179,7 +179,7 @@ def encoder(size: Size, dropout: float, *, everywhere: bool) -> nn.TransformerEn
 
 
 def transformers(asked: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
-    """Seconds of a forward and backward pass of ours and of theirs in every round, for each use of dropout."""
+    """Seconds of a forward and backward pass of ours and of theirs in every round, by use of dropout."""
     size, config = SIZES[asked.size], AggregatorConfig()
 
     def ours(dropout: float) -> TemporalTransformer:
