@@ -187,12 +187,14 @@ class TokenAggregator(Aggregator):
         transformed = self.transformer(projected)
         weights = functional.softmax(self.weight_head(transformed).float(), dim=0)
         values = transformed if self.config.weights_on == "transformed" else projected
-        fused = to_map((weights * values).sum(dim=0), features)
-        skip = to_map(self._skip(timesteps[self.cleanest]), features)
-        fused = self.cbam(fused + skip) if self.config.cbam == "after_skip" else self.cbam(fused) + skip
+        fused, skip = (weights * values).sum(dim=0), self._skip(timesteps[self.cleanest])
+        if self.config.cbam == "after_skip":
+            refined = self.cbam(to_map(fused + skip, features))
+        else:
+            refined = self.cbam(to_map(fused, features)) + to_map(skip, features)
         batch, _, rows, columns, _ = features.shape
         return Aggregation(
-            fused=fused, weights=weights.squeeze(-1).unflatten(1, (batch, rows, columns)).transpose(0, 1)
+            fused=refined, weights=weights.squeeze(-1).unflatten(1, (batch, rows, columns)).transpose(0, 1)
         )
 
     def _skip(self, cleanest: Float[Tensor, "M D"]) -> Float[Tensor, "M D"]:

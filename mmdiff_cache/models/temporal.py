@@ -31,26 +31,27 @@ class PairwiseAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, qkv: Float[Tensor, "3 heads d T M"]) -> Float[Tensor, "heads d T M"]:
         """What each timestep gathers from all."""
-        q, k, v = qkv.to(torch.promote_types(qkv.dtype, torch.float32))
+        exact = torch.promote_types(qkv.dtype, torch.float32)
+        q, k, v = (x.to(exact) for x in qkv)
         attention = functional.softmax(_dot(q, k).mul_(q.shape[1] ** -0.5), dim=2)
         ctx.save_for_backward(qkv, attention)
-        return _mix(attention, v, torch.empty_like(v)).to(qkv.dtype)
+        return _mix(attention, v, torch.empty_like(qkv[0]))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Float[Tensor, "heads d T M"]) -> Float[Tensor, "3 heads d T M"]:  # pyright: ignore
         """Gradients of q, k and v."""
         qkv, attention = cast(tuple[Tensor, ...], ctx.saved_tensors)
-        q, k, v = qkv.to(attention.dtype)
+        q, k, v = (x.to(attention.dtype) for x in qkv)
         grad = grad.to(attention.dtype)
         towards = _dot(grad, v)
         towards.sub_((towards * attention).sum(dim=2, keepdim=True)).mul_(attention)
         towards.mul_(q.shape[1] ** -0.5)
-        out = torch.empty(qkv.shape, dtype=attention.dtype, device=qkv.device)
+        out = torch.empty_like(qkv)
         _mix(towards, k, out[0])
         _mix(towards.transpose(1, 2), q, out[1])
         _mix(attention.transpose(1, 2), grad, out[2])
-        return out.to(qkv.dtype)
+        return out
 
 
 def _dot(x: Float[Tensor, "heads d T M"], y: Float[Tensor, "heads d T M"]) -> Float[Tensor, "heads T T M"]:
@@ -66,11 +67,12 @@ def _mix(
     values: Float[Tensor, "heads d T M"],
     out: Float[Tensor, "heads d T M"],
 ) -> Float[Tensor, "heads d T M"]:
-    """Into `out`: for each timestep, the sum over the others of share times value."""
-    torch.mul(shares[:, None, :, 0], values[:, :, :1], out=out)
+    """Into `out`: for each timestep, the sum over the others of share times value, added up in float32."""
+    total = out if out.dtype == shares.dtype else torch.empty_like(values)
+    torch.mul(shares[:, None, :, 0], values[:, :, :1], out=total)
     for other in range(1, values.shape[2]):
-        out.addcmul_(shares[:, None, :, other], values[:, :, other, None])
-    return out
+        total.addcmul_(shares[:, None, :, other], values[:, :, other, None])
+    return out if total is out else out.copy_(total)
 
 
 class TemporalAttention(nn.Module):
