@@ -25,7 +25,7 @@ from rounds import batch, features, interleaved, manifest, publish, ratios
 from torch import Tensor, nn
 
 from mmdiff_cache.config import AggregatorConfig, TrainConfig
-from mmdiff_cache.loader import Batch, make_loader
+from mmdiff_cache.loader import BATCHES_AHEAD, Batch, make_loader
 from mmdiff_cache.models.temporal import TemporalTransformer
 from mmdiff_cache.records import LabelSpec
 from mmdiff_cache.store.schema import LabelArray
@@ -43,8 +43,6 @@ PLAIN, BRANCHES, NONE = "dropout 0.1 as each has it", "dropout 0.1 on the branch
 """PyTorch's layer drops inside attention and MLP too, ours on the branches alone (docs/paper-notes.md)."""
 FEEDING_AIM, TRANSFORMER_AIM = 0.90, 2.0
 TIMESTEPS = 4
-AHEAD = 8
-"""Batches that the loader may read beyond the last one that is used."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,6 +71,7 @@ def command_line() -> argparse.ArgumentParser:
     parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--threads", type=int, help="of torch; by default one a core")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="both transformers")
+    parser.add_argument("--checkpointing", action="store_true", help="of the aggregators, in the fed step")
     parser.add_argument("--rounds", type=int, default=9, help="five or more give a usable spread")
     parser.add_argument("--steps", type=int, default=8, help="of each way in a round")
     parser.add_argument("--out", type=Path, help="also write the tables here")
@@ -111,8 +110,8 @@ def finish(device: torch.device) -> None:
 def feeding(asked: argparse.Namespace, folder: Path) -> dict[str, list[float]]:
     """Seconds of `steps` training steps in every round, one way and the other.
 
-    The first step of a fed round fills the loader and is not counted; the loader reads on beyond the last one
-    as it would in a training, so that each step that is counted pays for a batch that is read.
+    A fed round begins with the loader full, as it is in a training, reading alone with what waited used up.
+    Both read on beyond the last batch that is counted, so that each one that is counted pays for one read.
     """
     size = SIZES[asked.size]
     write_store(folder / "store", size)
@@ -124,7 +123,7 @@ def feeding(asked: argparse.Namespace, folder: Path) -> dict[str, list[float]]:
         memory=0,
         batch_size=asked.batch,
         steps=1_000_000,
-        aggregator=AggregatorConfig(width=size.width),
+        aggregator=AggregatorConfig(width=size.width, checkpointing=asked.checkpointing),
         device=asked.device,
         precision=asked.precision,
         compile=asked.compile,
@@ -144,9 +143,10 @@ def feeding(asked: argparse.Namespace, folder: Path) -> dict[str, list[float]]:
     for number in range(asked.rounds + 1):
         seconds = {HELD: timed(lambda step: trainer.learn(held[step % 2]))}
         for way in (FED, READ):
-            feed = make_loader(samples, asked.batch, seed=number, drop_last=True, steps=asked.steps + AHEAD)
-            trainer.learn(next(feed))
-            use = trainer.learn if way == FED else len_of
+            steps, use = asked.steps + 2 * BATCHES_AHEAD + 1, trainer.learn if way == FED else len_of
+            feed = make_loader(samples, asked.batch, seed=number, drop_last=True, steps=steps)
+            for _ in range(1 if way == FED else BATCHES_AHEAD + 1):
+                use(next(feed))
             seconds[way] = timed(lambda step, feed=feed, use=use: use(next(feed)))
             cast(Generator[Batch], feed).close()
         if number:
