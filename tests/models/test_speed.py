@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mmdiff_cache.models import temporal
+from mmdiff_cache.models.aggregator import to_map
 from mmdiff_cache.models.mmdiff import AGGREGATORS, MMDiff
 from mmdiff_cache.models.temporal import TemporalAttention
 from tests.models.compiled import C, L, T, build, learn
@@ -70,6 +71,17 @@ def test_both_ways_to_attend_agree(most: int, monkeypatch: pytest.MonkeyPatch) -
     grad = torch.randn_like(ways[0])
     gradients = [torch.autograd.grad(way, inputs, grad) for way in ways]
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_enter_an_aggregator_token_by_token() -> None:
+    """A decoder's come channel by channel; what is computed with them keeps their layout."""
+    features, tokens = torch.zeros(2, 1, 4, 5, 3), torch.randn(40, 8, requires_grad=True)
+    arrived: list[Tensor] = []
+    tokens.register_hook(arrived.append)
+    grad = torch.randn(2, 8, 4, 5)
+    to_map(tokens, features).backward(grad)
+    assert arrived[0].is_contiguous()
+    assert torch.equal(arrived[0], grad.permute(0, 2, 3, 1).reshape(40, 8))
 
 
 def test_a_single_timestep_needs_no_attention() -> None:
