@@ -267,10 +267,12 @@ class ExtractConfig(Config):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AggregatorConfig(Config):
-    """The token aggregation module. None takes the preset's reading of the paper (docs/paper-notes.md)."""
+    """How timesteps become one map. None takes the preset's reading of the paper (docs/paper-notes.md)."""
 
     kind: str = "token"
-    """A name in models.mmdiff.AGGREGATORS."""
+    """`token` is the paper's; `mean`, `concat`, `global` and `none` are compared with it, and use `width` and
+    `norm` alone.
+    """
     preset: Literal["appendix_f", "section_3_1"] = "appendix_f"
     width: int | None = None
     """D; by default the backbone's (768 for FLUX.1-dev)."""
@@ -285,6 +287,8 @@ class AggregatorConfig(Config):
     cbam: Literal["after_skip", "before_skip"] | None = None
     weights_on: Literal["transformed", "projected"] | None = None
     """What the per-pixel weights multiply: the transformer's outputs or the projected features."""
+    checkpointing: bool = False
+    """Keep less memory in training: each layer's aggregator is computed a second time for its gradients."""
 
     def __post_init__(self) -> None:
         for name in ("width", "heads", "mlp_ratio"):
@@ -405,6 +409,8 @@ class TrainConfig(Config):
     seed: int = 0
     device: str = "auto"
     precision: Literal["float32", "bfloat16"] = "float32"
+    compile: bool | None = None
+    """Compile the aggregators' blocks; by default on CUDA alone. Results differ by rounding."""
     memory: int = 2 * 1024**3
     """Bytes of decoded samples that are kept, so that a small store is read only once; 0 keeps none."""
 

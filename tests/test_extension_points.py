@@ -112,7 +112,7 @@ def registered(monkeypatch: pytest.MonkeyPatch, tiny_flux_folder: Path) -> None:
     monkeypatch.setitem(DATASETS, "halves", dataset)  # type: ignore[arg-type]
     monkeypatch.setitem(BACKBONES, "tiny", backbone)  # type: ignore[arg-type]
     monkeypatch.setitem(TASKS, "brightness", task)  # type: ignore[arg-type]
-    monkeypatch.setitem(AGGREGATORS, "mean", MeanAggregator)
+    monkeypatch.setitem(AGGREGATORS, "own-mean", MeanAggregator)
     monkeypatch.setitem(DECODERS, "first-layer", build_first_layer)
 
 
@@ -130,7 +130,7 @@ def test_the_whole_path_runs_on_five_parts_of_ones_own(tmp_path: Path) -> None:
             task="brightness",
             stores=(str(store.path),),
             run=str(tmp_path / "run"),
-            aggregator=AggregatorConfig(kind="mean", width=16),
+            aggregator=AggregatorConfig(kind="own-mean", width=16),
             steps=60,
             batch_size=2,
             learning_rate=1e-2,

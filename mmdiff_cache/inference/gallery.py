@@ -102,13 +102,16 @@ def concept_sheet(one: Shown, title: str, note: str) -> Sheet | None:
 def timestep_sheet(one: Shown, title: str, note: str) -> Sheet | None:
     """A row a layer, a column a timestep: what each timestep counts at each place, averaged over the samples.
 
-    Colours run from 0 (dark) to 1 (bright); captions give the mean over all places. None for a model of
-    pixels.
+    Colours run from 0 (dark) to 1 (bright); captions give the mean over all places. None for a model that
+    does not weigh timesteps.
     """
     if not isinstance(one.model, MMDiff):
         return None
     states = one.batch.hidden_states.to(next(one.model.parameters()).device)
-    weights = one.model.aggregation_weights(states).mean(dim=0).float().cpu().numpy()
+    found = one.model.aggregation_weights(states)
+    if found is None:
+        return None
+    weights = found.mean(dim=0).float().cpu().numpy()
     rows = [
         [_weight_tile(weights[step, layer]) for step in range(len(weights))]
         for layer in range(weights.shape[1])

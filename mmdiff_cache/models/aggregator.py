@@ -3,17 +3,19 @@
 Every token position is a sequence of T timesteps on its own; positions never see each other until CBAM.
 Steps: normalise and project each timestep, run a small transformer over time, predict one weight a timestep,
 sum, add the cleanest timestep back, refine with CBAM. App. F and Sec. 3.1 of the paper differ in the details;
-`AggregatorConfig` has both readings as presets and each detail as a field (docs/paper-notes.md).
+`AggregatorConfig` has both readings as presets and each detail as a field (docs/paper-notes.md). What it is
+compared with is in `simple_aggregators`.
 """
 
 import dataclasses
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from mmdiff_cache.config import AggregatorConfig
@@ -47,7 +49,17 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def resolve_aggregator(config: AggregatorConfig) -> AggregatorConfig:
-    """Fill every None but the width from the preset; the width is the backbone's to give."""
+    """Fill every None but the width from the preset; the width is the backbone's to give.
+
+    Raises ConfigError for a norm after the projection where timesteps are not projected one by one.
+    """
+    if config.kind == "concat" and config.norm is None:
+        config = dataclasses.replace(config, norm="before_projection")
+    if config.kind == "concat" and config.norm == "after_projection":
+        raise ConfigError(
+            "aggregator.kind concat normalises each timestep before their common projection, "
+            "got aggregator.norm after_projection; take before_projection or none"
+        )
     preset = PRESETS[config.preset]
     return dataclasses.replace(config, **{k: v for k, v in preset.items() if getattr(config, k) is None})
 
@@ -57,8 +69,8 @@ class Aggregation:
     """What the aggregator makes of one layer."""
 
     fused: Float[Tensor, "B D h w"]
-    weights: Float[Tensor, "B T h w"]
-    """Positive, and 1 in sum over T at every token."""
+    weights: Float[Tensor, "B T h w"] | None
+    """Positive, and 1 in sum over T at every token; None where nothing weighs the timesteps."""
 
 
 class TimestepProjection(nn.Module):
@@ -73,6 +85,48 @@ class TimestepProjection(nn.Module):
     def forward(self, tokens: Float[Tensor, "M C"]) -> Float[Tensor, "M D"]:
         """Tokens of one timestep, projected."""
         return self.after(self.linear(self.before(tokens)))
+
+
+class Projections(nn.ModuleList):
+    """A LayerNorm and a projection of its own for each timestep (Paper: App. F)."""
+
+    def __init__(self, channels: int, timesteps: int, width: int, norm: str) -> None:
+        super().__init__(TimestepProjection(channels, width, norm) for _ in range(timesteps))
+
+    def forward(self, features: Float[Tensor, "B T h w C"]) -> list[Float[Tensor, "M D"]]:
+        """F_proj of each timestep, with all positions of the batch, M = B h w, in one axis."""
+        return [project(x) for project, x in zip(self, timesteps_first(features), strict=True)]
+
+
+def timesteps_first(features: Float[Tensor, "B T h w C"]) -> Float[Tensor, "T M C"]:
+    """Features as tokens of each timestep, in float32: float16 is how they are stored, not computed with."""
+    tokens = features.transpose(0, 1).to(torch.float32, memory_format=torch.contiguous_format)
+    return tokens.flatten(1, 3)
+
+
+def to_map(tokens: Float[Tensor, "M D"], features: Float[Tensor, "B T h w C"]) -> Float[Tensor, "B D h w"]:
+    """Tokens back at the places that they have in the features."""
+    batch, _, rows, columns, _ = features.shape
+    return cast(Tensor, TokenGradients.apply(tokens.unflatten(0, (batch, rows, columns)).permute(0, 3, 1, 2)))
+
+
+class TokenGradients(torch.autograd.Function):
+    """The map itself; its gradient is laid out token by token.
+
+    A decoder's gradients come channel by channel, and whatever adds or multiplies gradients keeps their
+    layout; so all that lies before would be done across memory instead of along it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, features: Float[Tensor, "B D h w"]) -> Float[Tensor, "B D h w"]:
+        """The same values."""
+        return features.view_as(features)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Float[Tensor, "B D h w"]) -> Float[Tensor, "B D h w"]:  # pyright: ignore
+        """The same gradients, channels last."""
+        return grad.contiguous(memory_format=torch.channels_last)
 
 
 class Aggregator(nn.Module, ABC):
@@ -108,9 +162,7 @@ class TokenAggregator(Aggregator):
         assert config.layer_scale is not None
         assert config.norm is not None
         self.config, self.cleanest = config, cleanest
-        self.projections = nn.ModuleList(
-            TimestepProjection(channels, width, config.norm) for _ in range(timesteps)
-        )
+        self.projections = Projections(channels, timesteps, width, config.norm)
         self.transformer = TemporalTransformer(
             timesteps=timesteps,
             width=width,
@@ -130,32 +182,19 @@ class TokenAggregator(Aggregator):
 
     def aggregate(self, features: Float[Tensor, "B T h w C"]) -> Aggregation:
         """The fused map together with the weights that made it."""
-        batch, _, rows, columns, _ = features.shape
-        projected = self._project(features)
+        timesteps = self.projections(features)
+        projected = torch.stack(timesteps)
         transformed = self.transformer(projected)
         weights = functional.softmax(self.weight_head(transformed).float(), dim=0)
         values = transformed if self.config.weights_on == "transformed" else projected
-        fused = (weights * values).sum(dim=0)
-        cleanest = projected[self.cleanest]
-
-        def to_map(tokens: Float[Tensor, "M D"]) -> Float[Tensor, "B D h w"]:
-            return tokens.unflatten(0, (batch, rows, columns)).permute(0, 3, 1, 2)
-
-        skip = to_map(self._skip(cleanest))
-        fused_map = to_map(fused)
+        fused, skip = (weights * values).sum(dim=0), self._skip(timesteps[self.cleanest])
         if self.config.cbam == "after_skip":
-            fused_map = self.cbam(fused_map + skip)
+            refined = self.cbam(to_map(fused + skip, features))
         else:
-            fused_map = self.cbam(fused_map) + skip
+            refined = self.cbam(to_map(fused, features)) + to_map(skip, features)
+        batch, _, rows, columns, _ = features.shape
         return Aggregation(
-            fused=fused_map, weights=weights.squeeze(-1).unflatten(1, (batch, rows, columns)).transpose(0, 1)
-        )
-
-    def _project(self, features: Float[Tensor, "B T h w C"]) -> Float[Tensor, "T M D"]:
-        """F_proj with the timestep first and all positions of the batch, M = B h w, in one axis."""
-        tokens = features.transpose(0, 1).to(torch.float32, memory_format=torch.contiguous_format)
-        return torch.stack(
-            [project(x.flatten(0, 2)) for project, x in zip(self.projections, tokens, strict=True)]
+            fused=refined, weights=weights.squeeze(-1).unflatten(1, (batch, rows, columns)).transpose(0, 1)
         )
 
     def _skip(self, cleanest: Float[Tensor, "M D"]) -> Float[Tensor, "M D"]:

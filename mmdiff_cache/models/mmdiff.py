@@ -7,11 +7,12 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from mmdiff_cache.config import AggregatorConfig, Config, DecoderName, filled
 from mmdiff_cache.errors import ConfigError
@@ -22,6 +23,8 @@ from .deeplabv3plus import DeepLabV3Plus
 from .dpt import DPT
 from .input_layer import InputLayer
 from .linear import Linear
+from .simple_aggregators import ConcatAggregator, GlobalAggregator, MeanAggregator, SingleAggregator
+from .temporal import Block
 
 DECODER_STRIDE = 4
 """Decoders work on a grid of one place for 4 x 4 pixels, as DeepLabV3+ and DPT do on their own backbones."""
@@ -72,7 +75,7 @@ class ModelSpec(Config):
 
 
 def resolve_model(spec: ModelSpec) -> ModelSpec:
-    """Fill the Nones; raise ConfigError where the paper's constraint D < C or a grid does not hold.
+    """Fill the Nones; raise ConfigError where the paper's constraint D < C or a shape does not hold.
 
     Latents are not compressed, so D may reach or pass C there, and they are tame, so nothing normalises them.
     """
@@ -88,6 +91,11 @@ def resolve_model(spec: ModelSpec) -> ModelSpec:
         raise ConfigError(
             f"aggregator.width must be below the backbone's {spec.kept_channels} channels (Sec. 3.1), "
             f"got {config.width}; --set aggregator.width={max(spec.kept_channels // 2, 1)}"
+        )
+    if config.kind == "none" and spec.timesteps != 1:
+        raise ConfigError(
+            f"aggregator.kind none takes one timestep, got {spec.timesteps}; choose one with --timesteps, or "
+            "fuse them with --set aggregator.kind=mean"
         )
     if len(spec.grid) != 2 or min(spec.grid) < 1:
         raise ConfigError(f"grid must be two positive numbers, rows and columns of tokens, got {spec.grid}")
@@ -153,18 +161,45 @@ class MMDiff(nn.Module):
     ) -> Float[Tensor, "B out H W"]:
         """Logits, or depth in metres, in float32 at `size` = (H, W); by default grid times patch."""
         self._check_features(tuple(hidden_states.shape[1:]))
-        layers = self.inputs(hidden_states).unbind(dim=2)
-        features = [aggregate(x) for aggregate, x in zip(self.aggregators, layers, strict=True)]
+        layers = zip(self.aggregators, self.inputs(hidden_states).unbind(dim=2), strict=True)
+        features = [self._aggregate(aggregator, x) for aggregator, x in layers]
         rows, columns = self.spec.grid
         size = size or (rows * self.spec.patch, columns * self.spec.patch)
         output = self.decoder(features, self._guidance(concepts, discriminative), size)
         return output.exp() if self.spec.output == "depth" else output
 
-    def aggregation_weights(self, hidden_states: Float[Tensor, "B T L h w C"]) -> Float[Tensor, "B T L h w"]:
-        """What each timestep counts at each token, layer by layer; 1 in sum over T."""
-        aggregators = cast(Sequence[TokenAggregator], self.aggregators)
+    def compile_blocks(self, compiler: str | Callable[..., Any] = "inductor") -> int:
+        """Compile the blocks of the temporal transformers when they are first called; how many will be.
+
+        All of them have one shape, so they share one graph. Dropout draws the same numbers as without;
+        results differ by rounding.
+        """
+        blocks = [module for module in self.aggregators.modules() if isinstance(module, Block)]
+        options = {"fallback_random": True} if compiler == "inductor" else None
+        for block in blocks:
+            block.compile(backend=compiler, options=options)
+        return len(blocks)
+
+    def _aggregate(
+        self, aggregator: nn.Module, features: Float[Tensor, "B T h w C"]
+    ) -> Float[Tensor, "B D h w"]:
+        """One layer's fused map; with `aggregator.checkpointing` nothing inside is kept for the gradients."""
+        if self.spec.aggregator.checkpointing and torch.is_grad_enabled():
+            return cast(Tensor, checkpoint(aggregator, features, use_reentrant=False))
+        return aggregator(features)
+
+    def aggregation_weights(
+        self, hidden_states: Float[Tensor, "B T L h w C"]
+    ) -> Float[Tensor, "B T L h w"] | None:
+        """What each timestep counts at each token, layer by layer; 1 in sum over T.
+
+        None for an aggregator that does not weigh timesteps (`concat`, `none`).
+        """
+        aggregators = cast(Sequence[Aggregator], self.aggregators)
         layers = zip(aggregators, self.inputs(hidden_states).unbind(dim=2), strict=True)
-        return torch.stack([aggregator.aggregate(x).weights for aggregator, x in layers], dim=2)
+        weights = [aggregator.aggregate(x).weights for aggregator, x in layers]
+        known = [x for x in weights if x is not None]
+        return torch.stack(known, dim=2) if len(known) == len(weights) else None
 
     def parameter_counts(self) -> Mapping[str, int]:
         """Trainable parameters of each part: aggregators, decoder, head."""
@@ -228,7 +263,13 @@ DECODERS: dict[str, Callable[[ModelSpec], Decoder]] = {
 }
 """Every decoder by name; a new one is a file with its class and a line here."""
 
-AGGREGATORS: dict[str, Callable[..., Aggregator]] = {"token": TokenAggregator}
+AGGREGATORS: dict[str, Callable[..., Aggregator]] = {
+    "token": TokenAggregator,
+    "mean": MeanAggregator,
+    "concat": ConcatAggregator,
+    "global": GlobalAggregator,
+    "none": SingleAggregator,
+}
 """Every aggregator by `aggregator.kind`; a new one is a file with its class and a line here."""
 
 

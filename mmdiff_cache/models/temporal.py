@@ -2,9 +2,9 @@
 
 With T = 4 the usual attention kernels spend their time on bookkeeping: they are made for long sequences. And
 memory traffic costs more than arithmetic here. So the axes are [T, M, D], which makes every linear layer one
-large matrix product over all M positions; attention alone has the positions last, where all pairs of
+large matrix product over all M positions; on a CPU attention alone has the positions last, where all pairs of
 timesteps are sums over contiguous memory; LayerScale is multiplied into the weights before it, not into
-activations; and dropout's scale and the residual addition are one pass.
+activations; and dropout's scale and the residual addition are one pass. Blocks can be compiled, one by one.
 """
 
 from typing import Any, cast
@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+MOST_SEQUENCES = 65535
+"""Sequences that a fused attention kernel takes at once: CUDA's limit on one side of a grid of blocks."""
 POSITION_STD = 0.02
 """Spread of the temporal position embedding at the start."""
 
@@ -27,35 +29,29 @@ class PairwiseAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        q: Float[Tensor, "heads d T M"],
-        k: Float[Tensor, "heads d T M"],
-        v: Float[Tensor, "heads d T M"],
-    ) -> Float[Tensor, "heads d T M"]:
+    def forward(ctx: Any, qkv: Float[Tensor, "3 heads d T M"]) -> Float[Tensor, "heads d T M"]:
         """What each timestep gathers from all."""
-        exact = torch.promote_types(q.dtype, torch.float32)
-        scores = _dot(q.to(exact), k.to(exact)).mul_(q.shape[1] ** -0.5)
-        attention = functional.softmax(scores, dim=2)
-        ctx.save_for_backward(q, k, v, attention)
-        return _mix(attention, v.to(exact)).to(q.dtype)
+        exact = torch.promote_types(qkv.dtype, torch.float32)
+        q, k, v = (x.to(exact) for x in qkv)
+        attention = functional.softmax(_dot(q, k).mul_(q.shape[1] ** -0.5), dim=2)
+        ctx.save_for_backward(qkv, attention)
+        return _mix(attention, v, torch.empty_like(qkv[0]))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Float[Tensor, "heads d T M"]) -> tuple[Tensor, Tensor, Tensor]:  # pyright: ignore
+    def backward(ctx: Any, grad: Float[Tensor, "heads d T M"]) -> Float[Tensor, "3 heads d T M"]:  # pyright: ignore
         """Gradients of q, k and v."""
-        q, k, v, attention = cast(tuple[Tensor, ...], ctx.saved_tensors)
-        exact = attention.dtype
-        grad = grad.to(exact)
-        towards = _dot(grad, v.to(exact))
+        qkv, attention = cast(tuple[Tensor, ...], ctx.saved_tensors)
+        q, k, v = (x.to(attention.dtype) for x in qkv)
+        grad = grad.to(attention.dtype)
+        towards = _dot(grad, v)
         towards.sub_((towards * attention).sum(dim=2, keepdim=True)).mul_(attention)
         towards.mul_(q.shape[1] ** -0.5)
-        back = towards.transpose(1, 2)
-        return (
-            _mix(towards, k.to(exact)).to(q.dtype),
-            _mix(back, q.to(exact)).to(k.dtype),
-            _mix(attention.transpose(1, 2), grad).to(v.dtype),
-        )
+        out = torch.empty_like(qkv)
+        _mix(towards, k, out[0])
+        _mix(towards.transpose(1, 2), q, out[1])
+        _mix(attention.transpose(1, 2), grad, out[2])
+        return out
 
 
 def _dot(x: Float[Tensor, "heads d T M"], y: Float[Tensor, "heads d T M"]) -> Float[Tensor, "heads T T M"]:
@@ -67,13 +63,16 @@ def _dot(x: Float[Tensor, "heads d T M"], y: Float[Tensor, "heads d T M"]) -> Fl
 
 
 def _mix(
-    shares: Float[Tensor, "heads T T M"], values: Float[Tensor, "heads d T M"]
+    shares: Float[Tensor, "heads T T M"],
+    values: Float[Tensor, "heads d T M"],
+    out: Float[Tensor, "heads d T M"],
 ) -> Float[Tensor, "heads d T M"]:
-    """For each timestep, the sum over the others of share times value."""
-    total = shares[:, None, :, 0] * values[:, :, :1]
+    """Into `out`: for each timestep, the sum over the others of share times value, added up in float32."""
+    total = out if out.dtype == shares.dtype else torch.empty_like(values)
+    torch.mul(shares[:, None, :, 0], values[:, :, :1], out=total)
     for other in range(1, values.shape[2]):
         total.addcmul_(shares[:, None, :, other], values[:, :, other, None])
-    return total
+    return out if total is out else out.copy_(total)
 
 
 class TemporalAttention(nn.Module):
@@ -87,12 +86,35 @@ class TemporalAttention(nn.Module):
 
     def forward(self, x: Float[Tensor, "T M D"], scale: Float[Tensor, " D"]) -> Float[Tensor, "T M D"]:
         """`scale` times what each of the M positions gathers over its own T timesteps."""
+        if len(x) == 1:
+            mixed = self._of_itself(x)
+        elif x.device.type == "cpu":
+            mixed = self._pairwise(x)
+        else:
+            mixed = self._in_one_kernel(x)
+        return _scaled(self.out, mixed, scale).view(x.shape)
+
+    def _of_itself(self, x: Float[Tensor, "1 M D"]) -> Float[Tensor, "M D"]:
+        """A single timestep attends to itself alone: its value, whatever query and key are."""
+        *_, weight = self.qkv.weight.chunk(3)
+        *_, bias = self.qkv.bias.chunk(3)
+        return functional.linear(x[0], weight, bias)
+
+    def _pairwise(self, x: Float[Tensor, "T M D"]) -> Float[Tensor, "N D"]:
+        """By sums over pairs of timesteps, made for a processor's caches."""
         timesteps, positions, width = x.shape
         # [3D, T*M]: W X' instead of X W', so that positions are the last and contiguous axis.
         projected = torch.addmm(self.qkv.bias[:, None], self.qkv.weight, x.flatten(0, 1).t())
-        q, k, v = projected.view(3, self.heads, -1, timesteps, positions)
-        mixed = cast(Tensor, PairwiseAttention.apply(q, k, v))
-        return _scaled(self.out, mixed.view(width, -1).t(), scale).view(x.shape)
+        mixed = cast(Tensor, PairwiseAttention.apply(projected.view(3, self.heads, -1, timesteps, positions)))
+        return mixed.view(width, -1).t()
+
+    def _in_one_kernel(self, x: Float[Tensor, "T M D"]) -> Float[Tensor, "N D"]:
+        """By PyTorch's fused attention; elsewhere sums over pairs would be hundreds of small launches."""
+        timesteps, positions, width = x.shape
+        heads = self.qkv(x).view(timesteps, positions, 3, self.heads, width // self.heads)
+        parts = heads.permute(2, 1, 3, 0, 4).split(MOST_SEQUENCES, dim=1)
+        mixed = [functional.scaled_dot_product_attention(*part).permute(2, 0, 1, 3) for part in parts]
+        return torch.cat(mixed, dim=1).view(timesteps * positions, width)
 
 
 def _scaled(linear: nn.Linear, x: Float[Tensor, "N E"], scale: Float[Tensor, " D"]) -> Float[Tensor, "N D"]:

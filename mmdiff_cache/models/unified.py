@@ -111,6 +111,8 @@ class OneTask(nn.Module):
         output = self.unified.trunk(hidden_states, concepts, discriminative, size)[:, self.rows]
         return output.exp() if self.head.output == "depth" else output
 
-    def aggregation_weights(self, hidden_states: Float[Tensor, "B T L h w C"]) -> Float[Tensor, "B T L h w"]:
-        """What each timestep counts at each token; the same for all tasks."""
+    def aggregation_weights(
+        self, hidden_states: Float[Tensor, "B T L h w C"]
+    ) -> Float[Tensor, "B T L h w"] | None:
+        """What each timestep counts at each token; the same for all tasks. See MMDiff."""
         return self.unified.trunk.aggregation_weights(hidden_states)

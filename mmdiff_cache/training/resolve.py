@@ -96,6 +96,7 @@ def _resolve_part(config: TrainConfig) -> TrainConfig:
     _check_channels(config, channels)
     of_encoder = config.source == "discriminative"
     width = config.aggregator.width or default_width(channels if of_encoder else reader.channels)
+    device = pick_device(config.device)
     return replace(
         config,
         stores=(str(store.path.absolute()),),
@@ -112,7 +113,8 @@ def _resolve_part(config: TrainConfig) -> TrainConfig:
         decoder_width=config.decoder_width or default_decoder_width(width),
         steps=config.steps or _steps(config, task, reader, batch_size),
         batch_size=batch_size,
-        device=pick_device(config.device),
+        device=device,
+        compile=device.startswith("cuda") if config.compile is None else config.compile,
     )
 
 

@@ -43,8 +43,8 @@ from mmdiff_cache.training.resolve import encoder_hashes, pick_device
 from mmdiff_cache.training.trainer import Trainer, has_waited, waited_for
 from mmdiff_cache.training.unified import judge, part, task_names
 
-FREE_TO_DIFFER = ("run", "stores", "device", "memory")
-"""Fields that say where a training runs, not what it computes."""
+FREE_TO_DIFFER = ("run", "stores", "device", "compile", "memory")
+"""Fields that say where and how a training runs, not what it computes."""
 WEIGHTS: Mapping[str, tuple[str, str]] = {EMA: (LAST, EMA), RAW: (LAST, RAW), "best": (BEST, EMA)}
 """File and group of the weights that can be asked for."""
 

@@ -28,6 +28,7 @@ from mmdiff_cache.training.build import (
     spec_to_json,
 )
 from mmdiff_cache.training.checkpoint import BALANCE, BEST, EMA, LAST, OPTIMISER, RAW, RNG, Header
+from mmdiff_cache.training.compilation import compile_errors, compile_model
 from mmdiff_cache.training.ema import Ema
 from mmdiff_cache.training.folder import append_metrics, cut_metrics
 from mmdiff_cache.training.optim import make_optimizer, make_schedule, rate_factor
@@ -65,6 +66,8 @@ class Trainer:
             fit_standardisation(self.model, [part.samples for part in setup.parts])
         self.model = self.model.to(self.device).train()
         self.ema: Ema[Network] = Ema(self.model, self.config.ema)
+        if self.config.compile:
+            compile_model(self.model)
         self.optimiser: AdamW = make_optimizer(
             self.model,
             learning_rate=self.config.learning_rate,
@@ -117,6 +120,7 @@ class Trainer:
             self._board.add(self.step, {f"train/{name}": value for name, value in values.items()})
         self.state = f"loss {loss:.4f}, {speed:.3g} samples/s"
 
+    @compile_errors()
     def learn(self, batch: Batch, part: Part) -> tuple[float, float]:
         """One step; its loss, and the norm of its gradient before clipping.
 

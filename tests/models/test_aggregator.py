@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from mmdiff_cache.config import AggregatorConfig
 from mmdiff_cache.errors import ConfigError
-from mmdiff_cache.models.aggregator import TimestepProjection, TokenAggregator, resolve_aggregator
-from mmdiff_cache.models.temporal import Block, PairwiseAttention, add_dropped
+from mmdiff_cache.models.aggregator import TokenAggregator, resolve_aggregator
+from mmdiff_cache.models.temporal import Block, PairwiseAttention, TemporalTransformer, add_dropped
+from tests.models.equations import cbam, dense, gelu, layer_norm, project, softmax
 
 B, T, H, W, C, D, HEADS = 2, 3, 4, 5, 12, 8, 2
 SMALL = AggregatorConfig(heads=HEADS, mlp_ratio=2.0, depth=2)
@@ -43,19 +44,6 @@ def random_features(timesteps: int = T) -> Tensor:
 # --- the reference: plain vectors and lists, one grid position at a time ---
 
 
-def layer_norm(x: Tensor, norm: nn.LayerNorm) -> Tensor:
-    centred = x - x.mean()
-    return centred / (centred.pow(2).mean() + norm.eps).sqrt() * norm.weight + norm.bias
-
-
-def dense(x: Tensor, layer: nn.Linear) -> Tensor:
-    return layer.weight @ x + layer.bias
-
-
-def gelu(x: Tensor) -> Tensor:
-    return x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
-
-
 def attend(sequence: list[Tensor], block: Block) -> list[Tensor]:
     """Multi-head attention over a list of T vectors [D], head by head and pair by pair."""
     attention, size = block.attention, D // HEADS
@@ -65,7 +53,7 @@ def attend(sequence: list[Tensor], block: Block) -> list[Tensor]:
         heads: list[Tensor] = []
         for head in range(HEADS):
             scores = torch.stack([qkv[t][0, head] @ other[1, head] / math.sqrt(size) for other in qkv])
-            shares = scores.exp() / scores.exp().sum()
+            shares = softmax(scores)
             heads.append(sum((shares[s] * qkv[s][2, head] for s in range(len(qkv))), torch.zeros(size)))
         mixed.append(dense(torch.cat(heads), attention.out))
     return mixed
@@ -83,14 +71,6 @@ def transform(sequence: list[Tensor], model: TokenAggregator) -> list[Tensor]:
     return sequence
 
 
-def project(x: Tensor, projection: nn.Module, norm: str) -> Tensor:
-    assert isinstance(projection, TimestepProjection)
-    if norm == "before_projection":
-        x = layer_norm(x, projection.before)
-    x = dense(x, projection.linear)
-    return layer_norm(x, projection.after) if norm == "after_projection" else x
-
-
 def reference(features: Tensor, model: TokenAggregator) -> tuple[Tensor, Tensor]:
     """Fused map [B D h w] and weights [B T h w] from the equations of Sec. 3.1 and App. F."""
     config, batch, steps = model.config, features.shape[0], features.shape[1]
@@ -105,7 +85,7 @@ def reference(features: Tensor, model: TokenAggregator) -> tuple[Tensor, Tensor]
                 ]
                 transformed = transform(projected, model)
                 logits = torch.cat([dense(x, model.weight_head) for x in transformed])
-                alpha = logits.exp() / logits.exp().sum()
+                alpha = softmax(logits)
                 values = transformed if config.weights_on == "transformed" else projected
                 weights[b, :, i, j] = alpha
                 fused[b, :, i, j] = sum((a * x for a, x in zip(alpha, values, strict=True)), torch.zeros(D))
@@ -115,8 +95,8 @@ def reference(features: Tensor, model: TokenAggregator) -> tuple[Tensor, Tensor]
                     clean = model.gate * dense(clean, model.skip_projection)
                 skips[b, :, i, j] = clean
     if config.cbam == "after_skip":
-        return model.cbam(fused + skips), weights
-    return model.cbam(fused) + skips, weights
+        return cbam(fused + skips, model.cbam), weights
+    return cbam(fused, model.cbam) + skips, weights
 
 
 @pytest.mark.parametrize("preset", ["appendix_f", "section_3_1"])
@@ -207,6 +187,14 @@ def test_weights_vary_from_token_to_token() -> None:
     assert weights.std(dim=(2, 3)).min() > 1e-3
 
 
+@pytest.mark.parametrize("preset", ["appendix_f", "section_3_1"])
+def test_one_timestep_equals_the_equations(preset: str) -> None:
+    config = dataclasses.replace(SMALL, preset=preset, layer_scale=LATER)
+    model, features = build(config, timesteps=1), random_features(1)
+    fused, _ = reference(features, model)
+    torch.testing.assert_close(model(features), fused, rtol=1e-4, atol=1e-5)
+
+
 def test_one_timestep_has_weight_one() -> None:
     result = build(timesteps=1).aggregate(random_features(1))
     assert (result.weights == 1).all()
@@ -265,7 +253,7 @@ def test_starts_as_the_mean_over_timesteps_of_what_was_projected() -> None:
     torch.manual_seed(0)
     model = TokenAggregator(channels=C, timesteps=T, width=D, cleanest=0, config=SMALL).eval()
     features = random_features()
-    projected = model._project(features)  # pyright: ignore[reportPrivateUsage]
+    projected = torch.stack(model.projections(features))
     transformed = model.transformer(projected)
     torch.testing.assert_close(transformed, projected + model.transformer.positions, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(
@@ -281,22 +269,54 @@ def test_refuses_what_cannot_hold(width: int, cleanest: int) -> None:
         )
 
 
+def test_transformer_and_its_gradients_are_those_of_pytorchs_own() -> None:
+    """Pre-norm nn.TransformerEncoder with the same weights, LayerScale multiplied into its matrices."""
+    torch.manual_seed(0)
+    ours = TemporalTransformer(
+        timesteps=T, width=D, depth=2, heads=HEADS, mlp_ratio=2.0, dropout=0.0, layer_scale=LATER
+    )
+    layer = nn.TransformerEncoderLayer(
+        D, HEADS, 2 * D, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+    )
+    theirs = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+    with torch.no_grad():
+        for mine, other in zip(ours.blocks, theirs.layers, strict=True):
+            assert isinstance(mine, Block)
+            assert isinstance(other, nn.TransformerEncoderLayer)
+            pairs = [
+                (other.self_attn.in_proj_weight, mine.attention.qkv.weight),
+                (other.self_attn.in_proj_bias, mine.attention.qkv.bias),
+                (other.self_attn.out_proj.weight, LATER * mine.attention.out.weight),
+                (other.self_attn.out_proj.bias, LATER * mine.attention.out.bias),
+                (other.linear1.weight, mine.mlp_in.weight),
+                (other.linear1.bias, mine.mlp_in.bias),
+                (other.linear2.weight, LATER * mine.mlp_out.weight),
+                (other.linear2.bias, LATER * mine.mlp_out.bias),
+            ]
+            for target, source in pairs:
+                target.copy_(source)
+    x = torch.randn(T, 7, D, requires_grad=True)
+    mine, other = ours(x), theirs((x + ours.positions).transpose(0, 1)).transpose(0, 1)
+    torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
+    grad = torch.randn_like(mine)
+    torch.testing.assert_close(
+        torch.autograd.grad(mine, x, grad), torch.autograd.grad(other, x, grad), rtol=1e-4, atol=1e-5
+    )
+
+
 def test_attention_has_the_gradients_of_its_formula() -> None:
     """By finite differences in float64, and against autograd through the plain formula."""
     torch.manual_seed(0)
-    q, k, v = (torch.randn(2, 3, T, 5, dtype=torch.float64, requires_grad=True) for _ in range(3))
-    assert torch.autograd.gradcheck(PairwiseAttention.apply, (q, k, v))
+    qkv = torch.randn(3, 2, 3, T, 5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(PairwiseAttention.apply, (qkv,))
+    q, k, v = qkv
     scores = torch.einsum("hdtm,hdsm->htsm", q, k) / math.sqrt(3)
     plain = torch.einsum("htsm,hdsm->hdtm", scores.softmax(dim=2), v)
-    result = PairwiseAttention.apply(q, k, v)
+    result = PairwiseAttention.apply(qkv)
     torch.testing.assert_close(result, plain)
     weight = torch.randn_like(plain)
-    for mine, theirs in zip(
-        torch.autograd.grad(result, (q, k, v), weight),
-        torch.autograd.grad(plain, (q, k, v), weight),
-        strict=True,
-    ):
-        torch.testing.assert_close(mine, theirs)
+    (mine,), (theirs,) = (torch.autograd.grad(x, qkv, weight) for x in (result, plain))
+    torch.testing.assert_close(mine, theirs)
 
 
 def test_dropout_keeps_the_mean_and_meets_its_rate() -> None:

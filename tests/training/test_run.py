@@ -286,7 +286,7 @@ def test_choices_are_put_in_stored_order(learnable_store: Path) -> None:
         ({"timesteps": (0.5,)}, "timestep 0.5 .* stored"),
         ({"concepts": "animals"}, "'animals' .* stored: segmentation, saliency, depth.*--concepts none"),
         ({"source": "latents", "concepts": "depth"}, "concepts must be none"),
-        ({"discriminative": ("dinov3",)}, "discriminative features 'dinov3'"),
+        ({"discriminative": ("dinov3",)}, "discriminative encoder 'dinov3'"),
         ({"device": "gpu"}, "device must be auto, cpu or cuda"),
         ({"device": "cuda:97"}, "torch sees"),
         ({"stores": ("a", "b")}, "exactly one store, got 2: a, b"),
