@@ -115,10 +115,11 @@ def test_standardised_features_have_mean_0_and_deviation_1(rich_store: Path) -> 
     """Per channel of every timestep and layer, over the samples that were measured; dropped ones are gone."""
     config = resolve(small_config(rich_store, standardise=True, drop_channels=(3, 0), variants=(1, 2)))
     setup = set_up(config)
+    samples = setup.parts[0].samples
     model = build_model(setup.spec)
     assert isinstance(model, MMDiff)
-    fit_standardisation(model, setup.samples)
-    stored = setup.samples.reader.hidden_states(setup.samples.indices)
+    fit_standardisation(model, [samples])
+    stored = samples.reader.hidden_states(samples.indices)
     seen = model.inputs(torch.from_numpy(stored))
     assert seen.shape[-1] == CHANNELS - 2
     for values in (seen.mean(dim=(0, 3, 4)), seen.var(dim=(0, 3, 4), correction=0) - 1):
@@ -133,8 +134,9 @@ def test_at_most_so_many_samples_are_measured(rich_store: Path, monkeypatch: pyt
     setup = set_up(resolve(small_config(rich_store, standardise=True, holdout=0.0)))
     model = build_model(setup.spec)
     assert isinstance(model, MMDiff)
-    fit_standardisation(model, setup.samples)
-    seen = model.inputs(torch.from_numpy(setup.samples.reader.hidden_states([0, 3, 6, 9])))
+    [part] = setup.parts
+    fit_standardisation(model, [part.samples])
+    seen = model.inputs(torch.from_numpy(part.samples.reader.hidden_states([0, 3, 6, 9])))
     torch.testing.assert_close(seen.mean(dim=(0, 3, 4)), torch.zeros(3, 3, CHANNELS), atol=2e-5, rtol=0)
 
 
