@@ -189,6 +189,13 @@ def test_bad_choices_end_in_one_line(
     assert not (tmp_path / "r").exists()
 
 
+def test_some_channels_stay(rich_store: Path) -> None:
+    with pytest.raises(ConfigError, match="names all 4 channels of latents"):
+        resolve(small_config(rich_store, source="latents", drop_channels=(0, 1, 2, 3)))
+    with pytest.raises(ConfigError, match="below the backbone's 16 channels"):
+        set_up(resolve(small_config(rich_store, drop_channels=tuple(range(16)))))
+
+
 def test_pictures_are_not_standardised(rich_store: Path) -> None:
     with pytest.raises(ConfigError, match="leave out standardise"):
         resolve(small_config(rich_store, source="images", standardise=True))
