@@ -36,6 +36,9 @@ BatchSize = Annotated[int | None, typer.Option(help="Samples at once.")]
 Limit = Annotated[
     int | None, typer.Option(metavar="N", min=1, help="Only the first N samples of every split.")
 ]
+Subset = Annotated[
+    int | None, typer.Option(metavar="N", min=1, help="Only N training samples, drawn by subset_seed.")
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 MovedStore = Annotated[Path | None, typer.Option(help="Where the run's store lies now, if it was moved.")]
@@ -213,11 +216,13 @@ def train(
     run: Annotated[str | None, typer.Option(help="Folder to write, or to go on with.")] = None,
     layers: Layers = None,
     timesteps: Timesteps = None,
-    concepts: Annotated[str | None, typer.Option(help="A stored vocabulary, or 'none'.")] = None,
+    concepts: Annotated[
+        str | None, typer.Option(help="A stored vocabulary, 'cross_attention' or 'none'.")
+    ] = None,
     decoder: Annotated[str | None, typer.Option(help="deeplabv3plus, dpt or linear.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimisation steps.")] = None,
     batch_size: BatchSize = None,
-    limit: Limit = None,
+    limit: Subset = None,
     seed: Annotated[int | None, typer.Option(help="Seed of weights and order.")] = None,
     config: ConfigFile = None,
     set_: Assignments = None,

@@ -198,8 +198,10 @@ def open_dataset(
 ) -> CachedFeatureDataset:
     """The samples of a split as a resolved configuration reads them; `share` of its memory may keep them.
 
-    `augment` reads them as training does, another stored variant in every epoch.
+    `augment` reads them as training does, another stored variant in every epoch; else only what evaluation
+    reads must be stored.
     """
+    wanted = config.variants if augment or config.variant_use == "stack" else None
     return CachedFeatureDataset(
         store,
         split,
@@ -212,7 +214,7 @@ def open_dataset(
         indices=indices,
         memory=int(config.memory * share),
         concept_maps=config.concept_maps,
-        variants=config.variants,
+        variants=wanted,
         variant_use=config.variant_use,
         augment_seed=config.seed if augment else None,
     )

@@ -230,7 +230,7 @@ def source_channels(store: Store, inputs: Inputs) -> int:
 
 
 def _check_channels(config: TrainConfig, channels: int) -> None:
-    """Raise ConfigError for channels to drop that the source has not, and where none are told apart."""
+    """Raise ConfigError for channels to drop that the source has not, and for pictures, whose are colours."""
     if config.source == "images" and (config.standardise or config.drop_channels):
         raise ConfigError("source 'images' takes pictures as they are: leave out standardise, drop_channels")
     beyond = [channel for channel in config.drop_channels if channel >= channels]
@@ -239,6 +239,8 @@ def _check_channels(config: TrainConfig, channels: int) -> None:
             f"drop_channels must lie between 0 and {channels - 1}, the channels of {config.source}, "
             f"got {beyond[0]}"
         )
+    if len(set(config.drop_channels)) == channels:
+        raise ConfigError(f"drop_channels names all {channels} channels of {config.source}; keep some")
 
 
 def _aggregator(config: TrainConfig, width: int) -> AggregatorConfig:

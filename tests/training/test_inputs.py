@@ -14,6 +14,7 @@ from mmdiff_cache.cli.app import run as command
 from mmdiff_cache.config import ConceptMapsConfig, TrainConfig
 from mmdiff_cache.errors import ConfigError
 from mmdiff_cache.models.mmdiff import MMDiff, ModelSpec
+from mmdiff_cache.store.convert import Selection, convert, plan_conversion
 from mmdiff_cache.training.baselines import TRAINED, trained_config
 from mmdiff_cache.training.build import build_model, fit_standardisation, set_up
 from mmdiff_cache.training.evaluate import evaluate
@@ -82,6 +83,12 @@ def test_augmentation_changes_what_is_learnt_and_its_seed_too(rich_store: Path, 
     heads = [found["decoder.head.weight"] for found in weights]
     assert not torch.equal(heads[0], heads[1])
     assert not torch.equal(heads[1], heads[2])
+
+
+def test_evaluation_needs_no_variant_but_the_plain_one(rich_store: Path, tmp_path: Path) -> None:
+    run = train(small_config(rich_store, tmp_path / "run", steps=2))
+    smaller = convert(plan_conversion(rich_store, tmp_path / "small", Selection(variants=[0])))
+    assert evaluate(run, store=smaller.path).scores == evaluate(run).scores
 
 
 def test_what_is_left_open_is_filled(rich_store: Path) -> None:
@@ -182,6 +189,13 @@ def test_bad_choices_end_in_one_line(
     shown = " ".join(capsys.readouterr().err.split())
     assert re.search(says, shown)
     assert not (tmp_path / "r").exists()
+
+
+def test_some_channels_stay(rich_store: Path) -> None:
+    with pytest.raises(ConfigError, match="names all 4 channels of latents"):
+        resolve(small_config(rich_store, source="latents", drop_channels=(0, 1, 2, 3)))
+    with pytest.raises(ConfigError, match="below the backbone's 16 channels"):
+        set_up(resolve(small_config(rich_store, drop_channels=tuple(range(16)))))
 
 
 def test_pictures_are_not_standardised(rich_store: Path) -> None:
