@@ -197,12 +197,13 @@ class Extractor:
         blocks, text_tokens = self.backbone.blocks, prompts.tokens.shape[1]
         height, width = (side // PATCH for side in noised.shape[2:])
         with ExitStack() as stack:
+            # First, so that it reads the prompt's keys before the concepts go through the same projections.
+            attended = stack.enter_context(cross_attention.reading(blocks)) if self._cross_attention else {}
             streams: dict[str, concept_attention.ConceptStream] = {}
             if self._concepts:
                 modulation = self.backbone.concept_modulation(t, guidance)
                 reading = concept_attention.reading(blocks, self._concepts, modulation)
                 streams = stack.enter_context(reading)
-            attended = stack.enter_context(cross_attention.reading(blocks)) if self._cross_attention else {}
             taps = capturing(blocks, self.layers, text_tokens=text_tokens, image_tokens=height * width)
             outputs = stack.enter_context(taps)
             velocity = self.backbone.forward(noised, t, prompts, guidance)

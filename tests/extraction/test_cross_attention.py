@@ -13,9 +13,10 @@ from torch import Tensor
 
 from mmdiff_cache.backbones.base import Backbone
 from mmdiff_cache.backbones.registry import describe, load_backbone
-from mmdiff_cache.config import ExtractConfig
+from mmdiff_cache.config import ExtractConfig, NoiseConfig
 from mmdiff_cache.errors import BackboneError, ConfigError, StoreError
 from mmdiff_cache.extraction.cross_attention import reading
+from mmdiff_cache.extraction.extractor import Extractor
 from mmdiff_cache.extraction.run import extract
 from mmdiff_cache.extraction.taps import capturing
 from mmdiff_cache.store.convert import Selection, convert, plan_conversion
@@ -89,6 +90,31 @@ def test_the_model_never_knows_of_it(backbone: Backbone) -> None:
     assert all(torch.equal(blocks[address], same_blocks[address]) for address in blocks)
     again, _, _, _ = run(backbone, read=False)
     assert torch.equal(plain, again)
+
+
+def test_concepts_that_are_read_beside_it_change_nothing(backbone: Backbone) -> None:
+    """They go through the same key projections as the prompt, whose keys it has to see."""
+    noised = torch.randn(
+        2, backbone.info.architecture.latent_channels, 8, 8, generator=torch.Generator().manual_seed(1)
+    )
+    prompts = backbone.encode_prompts(["near", ""])
+    seen = {
+        words: Extractor(
+            backbone,
+            layers=["double.1"],
+            timesteps=T.tolist(),
+            vocabularies={"words": ("near", "far", "sky")} if words else {},
+            noise=NoiseConfig(),
+            guidance=backbone.info.guidance,
+            cross_attention=True,
+        ).observe(noised, T, prompts)
+        for words in (False, True)
+    }
+    alone, beside = seen[False].cross_attention, seen[True].cross_attention
+    assert alone is not None
+    assert beside is not None
+    assert torch.equal(alone, beside)
+    assert list(seen[True].concept_scores) == ["words"]
 
 
 def test_a_block_that_was_compiled_is_refused(tiny_flux_folder: Path) -> None:
