@@ -147,6 +147,12 @@ def cut_metrics(folder: Path, step: int) -> None:
         write_bytes(path, content)
 
 
+def clear_partial(folder: Path) -> None:
+    """Take away what a killed training was just writing. For the holder of the lock alone."""
+    for left in folder.glob(partial_name("*")):
+        left.unlink()
+
+
 def clear_start(folder: Path) -> None:
     """Take away what a training left that was stopped before its first checkpoint; it starts anew."""
     for left in (folder / METRICS, folder / BEST, *(folder / PICTURES).glob("step-*.jpg")):
