@@ -185,7 +185,7 @@ def test_interrupted_work_that_knows_better_names_its_own_line(
         raise KeyboardInterrupt
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(Trainer, "run", stop)
+    monkeypatch.setattr(Trainer, "take", stop)
     line = ["train", "--task", "depth", "--store", str(learnable_store), "--steps", "2"]
     assert run(line) == 130
     [folder] = (tmp_path / "runs").iterdir()
