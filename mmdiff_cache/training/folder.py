@@ -17,7 +17,7 @@ import fcntl
 import json
 import logging
 import os
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -147,7 +147,19 @@ def cut_metrics(folder: Path, step: int) -> None:
         write_bytes(path, content)
 
 
+def clear_partial(folder: Path) -> None:
+    """Take away what a killed training was just writing. For the holder of the lock alone."""
+    _remove(folder.glob(partial_name("*")))
+
+
 def clear_start(folder: Path) -> None:
     """Take away what a training left that was stopped before its first checkpoint; it starts anew."""
-    for left in (folder / METRICS, folder / BEST, *(folder / PICTURES).glob("step-*.jpg")):
-        left.unlink(missing_ok=True)
+    _remove([folder / METRICS, folder / BEST, *(folder / PICTURES).glob("step-*.jpg")])
+
+
+def _remove(files: Iterable[Path]) -> None:
+    for file in files:
+        try:
+            file.unlink(missing_ok=True)
+        except OSError as error:
+            raise refusal(str(file), error) from error

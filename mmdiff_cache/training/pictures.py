@@ -8,6 +8,7 @@ from typing import Any, Final
 
 from numpy.typing import NDArray
 
+from mmdiff_cache.errors import StoreError
 from mmdiff_cache.loader import Batch
 from mmdiff_cache.tasks import Task, check_target
 from mmdiff_cache.training.build import Part, Setup
@@ -63,15 +64,15 @@ class Album:
         if not self._seen:
             return
         name = self._folder / f"step-{step:06d}.jpg"
-        sheet = self._sheet(step, scores)
-        self._seen = {}
         try:
+            sheet = draw_sheet(self._sheet(step, scores))
             self._folder.mkdir(parents=True, exist_ok=True)
-            draw_sheet(sheet).save(name, quality=QUALITY, subsampling=0)
-        except OSError as error:
+            sheet.save(name, quality=QUALITY, subsampling=0)
+        except (OSError, StoreError) as error:
             logger.warning("no picture of step %d: %s", step, error)
             with suppress(OSError):
                 name.unlink(missing_ok=True)
+        self._seen = {}
 
     def _sheet(self, step: int, scores: Scores) -> Sheet:
         task, label = self._part.task, self._part.label

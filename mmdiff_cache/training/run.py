@@ -29,6 +29,7 @@ from mmdiff_cache.training.folder import (
     LOG,
     PICTURES,
     STORE,
+    clear_partial,
     clear_start,
     locked,
     logging_to,
@@ -266,6 +267,7 @@ def opened(setup: Setup, folder: Path) -> Generator[Trainer]:
     """A training in its folder, locked: a new one, or at the step where it stopped."""
     setup = replace(setup, config=replace(setup.config, run=str(folder)))
     with locked(folder), logging_to(folder / LOG):
+        clear_partial(folder)
         trainer = Trainer(setup, folder)
         if (folder / LAST).exists():
             trainer.go_on()
