@@ -39,14 +39,13 @@ def side_by_side(store: Path, folder: Path) -> Failures:
         set_up(resolve(small_config(store, folder / name, **{**COMMON, **changes})))
         for name, changes in SEVERAL.items()
     ]
-    reading = Reading(samples=setups[0].samples, held_out=setups[0].held_out, batch_size=4, seed=0)
     with ExitStack() as stack, flushing_denormals():
         trainers = []
         for setup in setups:
             path = Path(setup.config.run or "")
             path.mkdir(parents=True, exist_ok=True)
             trainers.append(stack.enter_context(opened(setup, path)))
-        return run_loop(trainers, reading, lambda done, total, state: None)
+        return run_loop(trainers, Reading.of(setups[0]), lambda done, total, state: None)
 
 
 def test_each_computes_what_it_would_alone(store: Path, tmp_path: Path) -> None:
