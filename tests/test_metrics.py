@@ -76,6 +76,23 @@ def test_iou_equals_torchmetrics() -> None:
     assert ours.scores()["miou"] == pytest.approx(expected.mean(), rel=1e-6)
 
 
+def test_a_class_that_no_label_shows_has_no_iou_where_torchmetrics_counts_a_zero() -> None:
+    import torch
+    from torchmetrics.classification import MulticlassJaccardIndex
+
+    target = np.array([[0, 0, 1, 255], [0, 1, 1, 255]])
+    prediction = np.array([[0, 3, 1, 3], [0, 1, 0, 2]])
+    ours = SegmentationMetric(CLASSES)
+    ours.update(prediction, target)
+    theirs = MulticlassJaccardIndex(num_classes=4, average="none", ignore_index=255)
+    expected = theirs(torch.from_numpy(prediction), torch.from_numpy(target)).numpy()
+    iou = list(ours.scores()["iou"].values())
+    np.testing.assert_allclose(iou[:2], [2 / 4, 2 / 3])
+    np.testing.assert_allclose(expected, [*iou[:2], 0, 0], rtol=1e-6)
+    assert iou[2:] == [None, None]
+    assert ours.scores()["miou"] == pytest.approx((2 / 4 + 2 / 3) / 2)
+
+
 @given(st.integers(0, 2**16), st.integers(2, 6))
 @settings(max_examples=20, deadline=None)
 def test_order_and_cutting_do_not_matter(seed: int, count: int) -> None:
