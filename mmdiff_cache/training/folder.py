@@ -55,11 +55,20 @@ def open_folder(folder: Path) -> bool:
     except OSError as error:
         raise refusal(f"the run folder {folder}", error) from error
     foreign = sorted(set(entries) - {LOG, partial_name(CONFIG)})  # these come before the configuration
-    if foreign and CONFIG not in entries:
+    if foreign and not _of_training(folder / CONFIG):
         raise ConfigError(
             f"{folder} is not empty and holds no run (it has {foreign[0]!r}); choose another --run"
         )
     return CONFIG in entries
+
+
+def _of_training(config: Path) -> bool:
+    """Whether a file is the configuration of a training: models of other libraries have a config.json too."""
+    try:
+        values = json.loads(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(values, dict) and {"task", "stores", "run"} <= values.keys()
 
 
 @contextmanager

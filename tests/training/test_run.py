@@ -182,6 +182,12 @@ def test_a_folder_of_something_else_is_refused_and_kept(learnable_store: Path, t
     with pytest.raises(ConfigError, match=r"holds no run .*thesis.tex"):
         train(small_config(learnable_store, tmp_path))
     assert [entry.name for entry in tmp_path.iterdir()] == ["thesis.tex"]
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text('{"model_type": "t5"}')
+    with pytest.raises(ConfigError, match=r"holds no run .*config.json"):
+        train(small_config(learnable_store, model))
+    assert (model / "config.json").read_text() == '{"model_type": "t5"}'
 
 
 def test_two_trainings_never_share_a_folder(learnable_store: Path, tmp_path: Path) -> None:
