@@ -2,6 +2,7 @@
 
 import errno
 import json
+import re
 import shutil
 import sys
 import warnings
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from mmdiff_cache.cli import app as application
+from mmdiff_cache.cli import console
 from mmdiff_cache.cli.app import main, run
 from mmdiff_cache.cli.configuration import compose, parse_vocabularies
 from mmdiff_cache.config import ExtractConfig, TrainConfig
@@ -262,3 +264,14 @@ def test_backbones_are_told_without_reading_a_weight(
     assert f"--backbone {tiny_flux_folder}" in said.replace("\n", ""), "a line to paste"
     assert run(["backbones", "flux-pro"]) == 2
     assert run(["backbones", "flux-dev", "--resolution", "500"]) == 2
+
+
+def test_progress_that_goes_into_a_file_is_a_line_now_and_then(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with console.progress_bar("extract") as advance:
+        advance(1, 4, "quick")
+        monkeypatch.setattr(console, "SECONDS_BETWEEN_LINES", 0.0)
+        advance(3, 4, "5 images/s")
+    said = capfd.readouterr().err
+    assert re.fullmatch(r"extract 3 of 4, 0:00:00 elapsed, ETA 0:00:00  5 images/s\n", said)

@@ -4,9 +4,11 @@ import json
 import math
 import shlex
 import sys
+import time
 import unicodedata
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 from rich.console import Console
@@ -23,6 +25,9 @@ from rich.progress import (
 
 PIPE_WIDTH = 160
 """Columns of a table that goes into a file or a pipe."""
+
+SECONDS_BETWEEN_LINES = 60.0
+"""Of progress that goes into a file or a pipe."""
 
 out = Console(highlight=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)
 err = Console(stderr=True, highlight=False)
@@ -81,9 +86,10 @@ def _finite(value: Any) -> Any:
 
 @contextmanager
 def progress_bar(verb: str) -> Generator[Advance]:
-    """A bar with counts, elapsed time and ETA on standard error; it shows nothing where that is not a
-    terminal.
-    """
+    """A bar with counts, elapsed time and ETA on standard error; a line now and then where that is a file."""
+    if not err.is_terminal:
+        yield _lines(verb)
+        return
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -94,7 +100,6 @@ def progress_bar(verb: str) -> Generator[Advance]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[state]}"),
         console=err,
-        disable=not err.is_terminal,
     )
     with bar:
         task = bar.add_task(verb, total=None, state="")
@@ -103,3 +108,23 @@ def progress_bar(verb: str) -> Generator[Advance]:
             bar.update(task, completed=done, total=total, state=safe(state))
 
         yield advance
+
+
+def _lines(verb: str) -> Advance:
+    """Progress for a log: what a bar would say, as a line of its own, at most one a minute."""
+    begun = last = time.monotonic()
+    first: int | None = None
+
+    def advance(done: int, total: int, state: str = "") -> None:
+        nonlocal last, first
+        now, first = time.monotonic(), done if first is None else first
+        if now - last < SECONDS_BETWEEN_LINES:
+            return
+        last = now
+        pace = (done - first) / (now - begun)
+        left = "unknown" if pace <= 0 else str(timedelta(seconds=round((total - done) / pace)))
+        elapsed = timedelta(seconds=round(now - begun))
+        line = f"{verb} {done:,} of {total:,}, {elapsed} elapsed, ETA {left}  {clean(state)}"
+        err.print(line.rstrip(), markup=False, soft_wrap=True)
+
+    return advance

@@ -48,7 +48,7 @@ class PairedFiles(Dataset):
         pair = self._pairs(split)[index]
         return Sample(
             sample_id=pair.sample_id,
-            image=read_picture(pair.image),
+            image=read_picture(pair.image, upright=False),  # as its mask was drawn: file by file
             labels={self.label_specs[0].name: self._read_label(pair.label)},
         )
 

@@ -16,8 +16,8 @@ EIGHT_BIT_MODES = frozenset({"1", "L", "P", "RGB", "YCbCr", "CMYK", "LAB", "HSV"
 ALPHA_MODES = frozenset({"LA", "La", "PA", "RGBA", "RGBa"})
 
 
-def read_picture(path: Path) -> NDArray[np.uint8]:
-    """Decode a file to uint8 [H W 3], upright as its EXIF orientation says.
+def read_picture(path: Path, *, upright: bool = True) -> NDArray[np.uint8]:
+    """Decode a file to uint8 [H W 3], upright as its EXIF orientation says, or as its pixels lie.
 
     Grey, palette and CMYK become RGB; transparent parts are laid over white; an embedded colour profile is
     not applied; 16-bit RGB keeps its high byte. Refused with a DataError that names the file: pictures of
@@ -26,7 +26,7 @@ def read_picture(path: Path) -> NDArray[np.uint8]:
     """
     with opened(path) as picture:
         _check(picture, path)
-        return np.asarray(_to_rgb(ImageOps.exif_transpose(picture)))
+        return np.asarray(_to_rgb(ImageOps.exif_transpose(picture) if upright else picture))
 
 
 @contextmanager

@@ -137,7 +137,8 @@ class Extractor:
         }
         found: dict[str, NDArray[np.float16]] = {}
         for encoder in self.encoders:
-            maps = {flipped: clamp_to_float16(encoder(images)) for flipped, images in pictures.items()}
+            with self.profile.timing("encoders", self.backbone.device):
+                maps = {flipped: clamp_to_float16(encoder(images)) for flipped, images in pictures.items()}
             stacked = [maps[variant.flipped] for variant in self.variants]
             found[encoder.info.name] = torch.stack(stacked, dim=1).cpu().numpy()
         return found

@@ -30,6 +30,8 @@ class Measured(Config):
     resolution: int
     batch_size: int
     codec: str
+    beside: tuple[str, ...] = ()
+    """What ran beside the transformer's own passes; see `beside`."""
     samples: int
     """Samples that were extracted, loading not counted."""
     operations_per_second: float
@@ -65,11 +67,20 @@ def machine_of(device: str) -> str:
     return torch.cuda.get_device_name(None if device == "auto" else device) if there else "cuda"
 
 
+def beside(config: ExtractConfig) -> tuple[str, ...]:
+    """What takes time beside the transformer's passes and is not counted in their operations."""
+    words = [f"{len(vocabulary)} concepts" for vocabulary in (config.concepts or {}).values()]
+    attention = ["cross-attention"] if config.cross_attention else []
+    drawn = [] if config.generation is None else [f"drawn, {config.generation.mode}"]
+    return (*sorted(words), *attention, *config.discriminative, *drawn)
+
+
 def known_speed(config: ExtractConfig, machine: str) -> Figure | None:
-    """Operations a second of a resolved configuration, by an earlier run of the same batches."""
+    """Operations a second of a resolved configuration, by an earlier run of the same batches and company."""
     for file, found in _measurements(config):
-        same = (found.backbone, found.dtype, found.machine, found.resolution, found.batch_size)
-        if same == (config.backbone, config.dtype, machine, config.resolution, config.batch_size):
+        same = (found.backbone, found.dtype, found.machine, found.resolution, found.batch_size, found.beside)
+        here = (config.backbone, config.dtype, machine, config.resolution, config.batch_size, beside(config))
+        if same == here:
             return Figure(value=found.operations_per_second, source=str(file))
     return None
 

@@ -9,13 +9,22 @@ from typing import Literal
 import torch
 
 Part = Literal[
-    "reading", "text", "VAE", "transformer", "cast and audit", "copy to host", "staging", "waiting"
+    "reading",
+    "text",
+    "VAE",
+    "transformer",
+    "encoders",
+    "cast and audit",
+    "copy to host",
+    "staging",
+    "waiting",
 ]
 PARTS: dict[Part, str] = {
     "reading": "pictures read and prepared, in a thread of its own",
     "text": "prompts encoded, or read from the pass before",
     "VAE": "pictures to latents, or latents to pictures that were drawn",
     "transformer": "forward passes with taps and concept streams",
+    "encoders": "discriminative features, where any are wanted",
     "cast and audit": "clamped to float16, range audit, concept maps",
     "copy to host": "to the CPU's memory; on a GPU beside the next batch",
     "staging": "compressed and written, in a thread of its own",

@@ -21,7 +21,7 @@ from mmdiff_cache.extraction.cost import operations_a_sample
 from mmdiff_cache.extraction.extractor import Extractor
 from mmdiff_cache.extraction.generation import Painter
 from mmdiff_cache.extraction.identity import Surroundings, build_manifest
-from mmdiff_cache.extraction.measured import Measured, keep_measured
+from mmdiff_cache.extraction.measured import Measured, beside, keep_measured
 from mmdiff_cache.extraction.placement import open_cluster
 from mmdiff_cache.extraction.plan import ExtractionPlan, check_disk
 from mmdiff_cache.extraction.plan import plan as make_plan
@@ -251,6 +251,7 @@ def measure(plan: ExtractionPlan, records: Sequence[Record], seconds: float, mac
         resolution=filled(config.resolution),
         batch_size=filled(config.batch_size),
         codec=config.codec,
+        beside=beside(config),
         samples=samples,
         operations_per_second=operations_a_sample(config, plan.backbone) * samples / seconds,
         bytes_ratio=raw * len(hidden) / max(1, hidden_bytes),

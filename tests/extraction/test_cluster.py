@@ -114,7 +114,7 @@ def test_two_workers_give_the_bytes_of_one_process(cluster: Client, config: Extr
     store = extract(config, lambda *tell: told.append(tell), client=cluster, profile=profile)
     assert store.samples_done == 5
     assert files(config) == inline(config)
-    assert all(profile.seconds[part] > 0 for part in PARTS), "as workers told"
+    assert {part for part in PARTS if not profile.seconds[part]} == {"encoders"}, "as workers told"
     assert profile.seconds["transformer"] < profile.wall
     assert told[0] == (0, 5, "loading tiny-flux on 2 workers")
     assert sorted(done for done, _, _ in told) == [done for done, _, _ in told]

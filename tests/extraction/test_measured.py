@@ -76,6 +76,17 @@ def test_the_next_plan_knows_speed_and_size_and_says_from_where(config: ExtractC
     assert known_speed(resolve(others), machine_of("auto")) is None, "other batches have another speed"
 
 
+@pytest.mark.parametrize(
+    "more", [{"concepts": {}}, {"cross_attention": True}, {"discriminative": ("dinov3-vitb16",)}]
+)
+def test_a_run_with_other_company_says_nothing_about_speed(
+    config: ExtractConfig, store: Store, more: dict[str, object]
+) -> None:
+    known = resolve(config)
+    assert known_speed(known, machine_of("cpu")) is not None
+    assert known_speed(replace(known, **more), machine_of("cpu")) is None  # type: ignore[arg-type]
+
+
 def test_another_store_of_the_same_backbone_is_a_source_too(
     config: ExtractConfig, store: Store, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
