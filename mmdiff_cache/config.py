@@ -337,6 +337,10 @@ class TrainConfig(Config):
     limit: int | None = None
     """The first N samples of the training split."""
     seed: int = 0
+    order_seed: int | None = None
+    """Seed of the order in which samples come, and of which are held out; by default that of the run. Runs
+    with the same one can share a reading (docs/sweeps.md).
+    """
     device: str = "auto"
     precision: Literal["float32", "bfloat16"] = "float32"
     memory: int = 2 * 1024**3
@@ -350,3 +354,8 @@ class TrainConfig(Config):
             _require(value is None or value > 0, f"{name} must be positive, got {value}")
         _require(0.0 <= self.holdout < 1.0, f"holdout must lie in [0, 1), got {self.holdout:g}")
         _require(self.learning_rate > 0, f"learning_rate must be positive, got {self.learning_rate:g}")
+
+    @property
+    def reading_seed(self) -> int:
+        """Seed of the order of samples: `order_seed`, or that of the run."""
+        return self.seed if self.order_seed is None else self.order_seed

@@ -99,7 +99,7 @@ def set_up(config: TrainConfig) -> Setup:
     reader = store[TRAIN_SPLIT]
     label = label_spec(reader, task)
     kept, held = split_samples(
-        training_samples(reader, config.limit, task.label), config.holdout, config.seed
+        training_samples(reader, config.limit, task.label), config.holdout, config.reading_seed
     )
     samples = open_dataset(config, store, TRAIN_SPLIT, kept, share=1 - config.holdout)
     return Setup(

@@ -94,7 +94,7 @@ def _fitting(run: Run, store: Store, dataset: CachedFeatureDataset) -> Fitting:
     """What the label-free baselines may look at: the labels that the run was trained on."""
     task = find_task(run.config.task, run.config.label)
     samples = training_samples(store[TRAIN_SPLIT], run.config.limit, task.label)
-    kept, _ = split_samples(samples, run.config.holdout, run.config.seed)
+    kept, _ = split_samples(samples, run.config.holdout, run.config.reading_seed)
     return Fitting(
         task=task,
         label=dataset.reader.label_specs[task.label],

@@ -40,7 +40,7 @@ from mmdiff_cache.training.folder import (
 from mmdiff_cache.training.loop import Reading, run_loop
 from mmdiff_cache.training.random_state import own_random_state
 from mmdiff_cache.training.resolve import encoder_hashes, pick_device, resolve
-from mmdiff_cache.training.trainer import Trainer
+from mmdiff_cache.training.trainer import Trainer, View, itself
 
 FREE_TO_DIFFER = ("run", "stores", "device", "memory")
 """Fields that say where a training runs, not what it computes."""
@@ -185,7 +185,10 @@ def train(config: TrainConfig, progress: Progress | None = None) -> Run:
     with opened(setup, _claim(setup)) as trainer, flushing_denormals():
         samples, held_out = trainer.setup.samples, trainer.setup.held_out
         reading = Reading(
-            samples=samples, held_out=held_out, batch_size=trainer.batch_size, seed=trainer.config.seed
+            samples=samples,
+            held_out=held_out,
+            batch_size=trainer.batch_size,
+            seed=trainer.config.reading_seed,
         )
         try:
             failures = run_loop([trainer], reading, progress or _silent)
@@ -198,11 +201,11 @@ def train(config: TrainConfig, progress: Progress | None = None) -> Run:
 
 
 @contextmanager
-def opened(setup: Setup, folder: Path) -> Generator[Trainer]:
+def opened(setup: Setup, folder: Path, view: View = itself) -> Generator[Trainer]:
     """A training in its folder, locked: a new one, or at the step where it stopped."""
     setup = replace(setup, config=replace(setup.config, run=str(folder)))
     with locked(folder), logging_to(folder / LOG):
-        trainer = Trainer(setup, folder)
+        trainer = Trainer(setup, folder, view)
         if (folder / LAST).exists():
             trainer.go_on()
         else:

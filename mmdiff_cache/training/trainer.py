@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -20,7 +20,7 @@ from mmdiff_cache.training.ema import Ema
 from mmdiff_cache.training.folder import append_metrics, cut_metrics
 from mmdiff_cache.training.optim import make_optimizer, make_schedule
 from mmdiff_cache.training.random_state import RandomState
-from mmdiff_cache.training.scoring import Predictor, Scores, forward_batch, model_predictor
+from mmdiff_cache.training.scoring import Predictor, Scores, forward_batch, model_predictor, seen_through
 
 logger = logging.getLogger(__name__)
 
@@ -31,15 +31,24 @@ SECONDS_BETWEEN_CHECKPOINTS = 300.0
 LOG_LINES = 200
 """Losses written to the metrics over a whole training."""
 
+View = Callable[[Batch], Batch]
+"""A training's own part of a batch that was read for several."""
+
+
+def itself(batch: Batch) -> Batch:
+    """The view of a training that has a reading to itself."""
+    return batch
+
 
 class Trainer:
     """The state of one training: weights, their average, the optimiser, the random numbers, the step.
 
-    The loop hands it batches; see `loop`. A new one starts at step 0; `go_on` takes up the last checkpoint.
+    The loop hands it batches, of which it takes its `view`; see `loop`. A new one starts at step 0; `go_on`
+    takes up the last checkpoint.
     """
 
-    def __init__(self, setup: Setup, folder: Path) -> None:
-        self.setup, self.folder, self.config = setup, folder, setup.config
+    def __init__(self, setup: Setup, folder: Path, view: View = itself) -> None:
+        self.setup, self.folder, self.config, self.view = setup, folder, setup.config, view
         self.steps, self.batch_size = filled(self.config.steps), filled(self.config.batch_size)
         self.device = torch.device(self.config.device)
         self.random = RandomState(self.config.seed)
@@ -76,7 +85,7 @@ class Trainer:
     def take(self, batch: Batch) -> None:
         """One step on a batch, and its line in the metrics where one is due."""
         with self.random:
-            loss = self.learn(batch)
+            loss = self.learn(self.view(batch))
         speed = (self.step - self._first) * self.batch_size / (time.monotonic() - self._begun)
         if self.step % max(1, self.steps // LOG_LINES) == 0:
             append_metrics(
@@ -114,7 +123,9 @@ class Trainer:
         """What is scored at a check: the averaged weights, at the end also the raw ones."""
         models = {EMA: self.ema.model, **({RAW: self.model} if self.finished else {})}
         return {
-            name: model_predictor(model.eval(), self.setup.task, self.config.precision)
+            name: seen_through(
+                self.view, model_predictor(model.eval(), self.setup.task, self.config.precision)
+            )
             for name, model in models.items()
         }
 

@@ -18,7 +18,7 @@ from mmdiff_cache.config import EmaConfig, TrainConfig
 from mmdiff_cache.errors import CheckpointError, ConfigError, StoreIncomplete, TrainingError
 from mmdiff_cache.tasks import TASKS
 from mmdiff_cache.training import checkpoint
-from mmdiff_cache.training.build import split_samples
+from mmdiff_cache.training.build import set_up, split_samples
 from mmdiff_cache.training.folder import locked, new_folder, read_metrics
 from mmdiff_cache.training.resolve import resolve
 from mmdiff_cache.training.run import Run, load_run, model_for_run, train
@@ -365,3 +365,20 @@ sys.exit(", ".join(name for name in banned if name in sys.modules) or 0)
     )
     assert done.returncode == 0, done.stderr
     assert "s_measure" in done.stdout
+
+
+def test_runs_of_one_order_seed_see_the_same_samples_and_begin_with_other_weights(
+    learnable_store: Path, tmp_path: Path
+) -> None:
+    first, second, own = (
+        set_up(resolve(small_config(learnable_store, seed=seed, order_seed=order)))
+        for seed, order in ((0, 3), (1, 3), (3, None))
+    )
+    assert first.samples.indices == second.samples.indices == own.samples.indices
+    assert set_up(resolve(small_config(learnable_store, seed=0))).samples.indices != own.samples.indices
+    runs = [
+        train(small_config(learnable_store, tmp_path / f"run-{seed}", seed=seed, order_seed=3, steps=1))
+        for seed in (0, 1)
+    ]
+    name = "raw/decoder.head.weight"
+    assert not torch.equal(tensors(runs[0])[name], tensors(runs[1])[name])
