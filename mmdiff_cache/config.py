@@ -407,6 +407,10 @@ class TrainConfig(Config):
     subset_seed: int = 0
     """Of that permutation, which also says what is held out."""
     seed: int = 0
+    order_seed: int | None = None
+    """Seed of the order in which samples come, and of the variants drawn; by default that of the run. Runs
+    with the same one can share a reading (docs/sweeps.md).
+    """
     device: str = "auto"
     precision: Literal["float32", "bfloat16"] = "float32"
     compile: bool | None = None
@@ -448,3 +452,8 @@ class TrainConfig(Config):
             f"accumulate must be at most batch_size ({self.batch_size}), got {self.accumulate}",
         )
         _require(self.learning_rate > 0, f"learning_rate must be positive, got {self.learning_rate:g}")
+
+    @property
+    def reading_seed(self) -> int:
+        """Seed of the order of samples and of their variants: `order_seed`, or that of the run."""
+        return self.seed if self.order_seed is None else self.order_seed

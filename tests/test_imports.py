@@ -18,7 +18,8 @@ def loaded_by(code: str) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], [], ["extract", "--help"], ["--version"], ["predict", "--help"]]
+    "arguments",
+    [["--help"], [], ["extract", "--help"], ["--version"], ["predict", "--help"], ["sweep", "--help"]],
 )
 def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
     code = f"from mmdiff_cache.cli.app import run\nassert run({arguments!r}) == 0"
@@ -32,6 +33,10 @@ def test_the_store_and_the_data_sets_load_no_torch(module: str) -> None:
 
 def test_stage_one_loads_dask_only_where_there_is_a_cluster() -> None:
     assert not loaded_by("import mmdiff_cache.extraction.run") & {"dask", "distributed"}
+
+
+def test_sweeps_load_dask_only_where_there_is_a_cluster() -> None:
+    assert not loaded_by("import mmdiff_cache.sweeps") & {"dask", "distributed", "diffusers"}
 
 
 @pytest.mark.parametrize("module", ["training.run", "training.evaluate", "loader", "tasks"])

@@ -7,7 +7,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
-from mmdiff_cache.config import Config
+from mmdiff_cache.config import Config, TrainConfig
 from mmdiff_cache.datasets.concepts import PRESETS
 from mmdiff_cache.errors import ConfigError
 
@@ -42,13 +42,31 @@ def read_file(kind: type[C], verb: str, file: Path) -> C:
     return kind.from_json(values)
 
 
-def _from_recipe(kind: type[C], verb: str, file: Path) -> C:
+def read_sweep(file: Path, assignments: Sequence[str]) -> list[TrainConfig]:
+    """What a recipe's `sweep()` returns, with the assignments applied to each.
+
+    Raises ConfigError for a file that is no recipe, or returns something else than training configurations.
+    """
+    if not file.is_file() or file.suffix != ".py":
+        raise ConfigError(f"--config needs a recipe (.py) with a function sweep(), got {file}")
+    configs = _call(file, "sweep", "list of TrainConfig")
+    if not isinstance(configs, (list, tuple)) or not all(isinstance(c, TrainConfig) for c in configs):
+        raise ConfigError(f"sweep() in {file} must return a list of TrainConfig, it returned {configs!r:.80}")
+    chosen = parse_assignments(assignments)
+    return [config.override(chosen) for config in configs]
+
+
+def _call(file: Path, verb: str, wanted: str) -> Any:
     function = getattr(_load(file), verb, None)
     if not callable(function):
         raise ConfigError(
-            f"{file} has no function {verb}(); a recipe for '{verb}' returns a {kind.__name__} from it"
+            f"{file} has no function {verb}(); a recipe for '{verb}' returns a {wanted} from it"
         )
-    config = function()
+    return function()
+
+
+def _from_recipe(kind: type[C], verb: str, file: Path) -> C:
+    config = _call(file, verb, kind.__name__)
     if not isinstance(config, kind):
         raise ConfigError(
             f"{verb}() in {file} must return a {kind.__name__}, it returned {type(config).__name__}"

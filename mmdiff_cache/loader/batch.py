@@ -47,7 +47,7 @@ def view_of(part: Inputs, whole: Inputs) -> View:
         timesteps=tuple(whole.maps.index(one) for one in part.maps),
         layers=tuple(whole.layers.index(layer) for layer in part.layers),
         concepts=tuple(channels.index((guide, name)) for guide in part.guides for name in guide.channels),
-        discriminative=tuple(whole.discriminative.index(name) for name in part.discriminative),
+        discriminative=tuple(whole.beside.index(name) for name in part.beside),
     )
 
 

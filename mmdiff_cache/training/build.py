@@ -216,7 +216,7 @@ def open_dataset(
         concept_maps=config.concept_maps,
         variants=wanted,
         variant_use=config.variant_use,
-        augment_seed=config.seed if augment else None,
+        augment_seed=config.reading_seed if augment else None,
     )
 
 

@@ -19,6 +19,7 @@ import logging
 import os
 from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,20 @@ def locked(folder: Path) -> Generator[None]:
         os.close(descriptor)
 
 
+_at_work: ContextVar[Path | None] = ContextVar("at_work", default=None)
+"""The run whose lines these are; None for what belongs to all of the process."""
+
+
+@contextmanager
+def working(folder: Path) -> Generator[None]:
+    """What is logged is this run's alone, and stands in no other run's log."""
+    token = _at_work.set(folder)
+    try:
+        yield
+    finally:
+        _at_work.reset(token)
+
+
 class _LogFile(logging.FileHandler):
     """A log that a full disk costs lines, without a traceback for each."""
 
@@ -102,6 +117,7 @@ def logging_to(path: Path) -> Generator[None]:
         handler = _LogFile(path, encoding="utf-8")
     except OSError as error:
         raise refusal(str(path), error) from error
+    handler.addFilter(lambda record: _at_work.get() in (None, path.parent))
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     level = package.level
     package.addHandler(handler)

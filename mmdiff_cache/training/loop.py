@@ -14,6 +14,7 @@ from mmdiff_cache.config import filled
 from mmdiff_cache.loader import Batch, CachedFeatureDataset, make_loader
 from mmdiff_cache.records import Progress
 from mmdiff_cache.training.build import Setup
+from mmdiff_cache.training.folder import working
 from mmdiff_cache.training.scoring import score
 from mmdiff_cache.training.trainer import Scored, Trainer
 from mmdiff_cache.training.unified import turns
@@ -49,7 +50,7 @@ class Reading:
             streams=tuple(Stream(samples=part.samples, held_out=part.held_out) for part in setup.parts),
             ratio=setup.config.mixing or (1.0,) * len(setup.parts),
             batch_size=filled(setup.config.batch_size),
-            seed=setup.config.seed,
+            seed=setup.config.reading_seed,
         )
 
     def batches(self, start: int, stop: int) -> Iterator[tuple[int, Batch]]:
@@ -98,7 +99,8 @@ def _each(trainers: Iterable[Trainer], act: Callable[[Trainer], None], failures:
     for trainer in trainers:
         if trainer.folder not in failures:
             try:
-                act(trainer)
+                with working(trainer.folder):
+                    act(trainer)
             except Exception as error:  # whatever it is, it is this training's alone
                 failures[trainer.folder] = error
 

@@ -5,7 +5,7 @@ threads, whether or not the training was interrupted and continued.
 """
 
 import shlex
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -36,12 +36,13 @@ from mmdiff_cache.training.folder import (
     new_folder,
     open_folder,
     read_metrics,
+    working,
 )
 from mmdiff_cache.training.loop import Reading, run_loop
 from mmdiff_cache.training.plan import TrainingPlan, plan
 from mmdiff_cache.training.random_state import own_random_state
 from mmdiff_cache.training.resolve import encoder_hashes, pick_device
-from mmdiff_cache.training.trainer import Trainer, has_waited, waited_for
+from mmdiff_cache.training.trainer import Share, Trainer, has_waited, waited_for
 from mmdiff_cache.training.unified import judge, part, task_names
 
 FREE_TO_DIFFER = ("run", "stores", "device", "compile", "memory")
@@ -263,25 +264,31 @@ def train(config: TrainConfig | TrainingPlan, progress: Progress | None = None) 
 
 
 @contextmanager
-def opened(setup: Setup, folder: Path) -> Generator[Trainer]:
+def opened(setup: Setup, folder: Path, shares: Sequence[Share] = ()) -> Generator[Trainer]:
     """A training in its folder, locked: a new one, or at the step where it stopped."""
     setup = replace(setup, config=replace(setup.config, run=str(folder)))
     with locked(folder), logging_to(folder / LOG):
-        clear_partial(folder)
-        trainer = Trainer(setup, folder)
-        if (folder / LAST).exists():
-            trainer.go_on()
-        else:
-            clear_start(folder)
-            checkpoint.write_json(folder / CONFIG, setup.config.to_json())
-            checkpoint.write_json(folder / ENVIRONMENT, environment(setup.config.device))
-            for one in setup.parts:
-                _keep_manifest(one.store, folder / manifest_name(setup.config, one.task.name))
-        trainer.begin()
+        with working(folder):
+            trainer = _made(setup, folder, shares)
         try:
             yield trainer
         finally:
             trainer.end()
+
+
+def _made(setup: Setup, folder: Path, shares: Sequence[Share]) -> Trainer:
+    clear_partial(folder)
+    trainer = Trainer(setup, folder, shares)
+    if (folder / LAST).exists():
+        trainer.go_on()
+    else:
+        clear_start(folder)
+        checkpoint.write_json(folder / CONFIG, setup.config.to_json())
+        checkpoint.write_json(folder / ENVIRONMENT, environment(setup.config.device))
+        for one in setup.parts:
+            _keep_manifest(one.store, folder / manifest_name(setup.config, one.task.name))
+    trainer.begin()
+    return trainer
 
 
 @contextmanager

@@ -95,6 +95,15 @@ def model_predictor(model: Model, task: Task, precision: str) -> Predictor:
     return predict
 
 
+def seen_through(view: Callable[[Batch], Batch], predictor: Predictor) -> Predictor:
+    """A predictor on its own part of a batch that was read for several."""
+
+    def predict(batch: Batch, sizes: Sequence[tuple[int, int]]) -> Sequence[NDArray[Any]]:
+        return predictor(view(batch), sizes)
+
+    return predict
+
+
 def score(
     predictors: Mapping[Name, Predictor],
     dataset: CachedFeatureDataset,

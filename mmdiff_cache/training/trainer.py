@@ -2,8 +2,9 @@
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from mmdiff_cache.training.folder import append_metrics, cut_metrics
 from mmdiff_cache.training.optim import make_optimizer, make_schedule, rate_factor
 from mmdiff_cache.training.pictures import albums
 from mmdiff_cache.training.random_state import RandomState
-from mmdiff_cache.training.scoring import Predictor, Scores, model_predictor
+from mmdiff_cache.training.scoring import Predictor, Scores, model_predictor, seen_through
 from mmdiff_cache.training.step import NotFinite, compute_gradient, limit_gradient, weigh_gradient
 from mmdiff_cache.training.unified import Balance, judge
 
@@ -48,15 +49,25 @@ SECONDS_BETWEEN_CHECKPOINTS = 300.0
 LOG_LINES = 200
 """Losses written to the metrics over a whole training."""
 
+Share = Callable[[Batch], Batch]
+"""What a training reads of a batch that was read for several."""
+
+
+def itself(batch: Batch) -> Batch:
+    """The share of a training that has a reading to itself."""
+    return batch
+
 
 class Trainer:
     """The state of one training: weights, their average, the optimiser, the random numbers, the step.
 
-    The loop hands it batches; see `loop`. A new one starts at step 0; `go_on` takes up the last checkpoint.
+    The loop hands it batches, of which it takes its share; `shares` has one for each part, see `loop`. A new
+    one starts at step 0; `go_on` takes up the last checkpoint.
     """
 
-    def __init__(self, setup: Setup, folder: Path) -> None:
+    def __init__(self, setup: Setup, folder: Path, shares: Sequence[Share] = ()) -> None:
         self.setup, self.folder, self.config = setup, folder, setup.config
+        self.shares = tuple(shares) or (itself,) * len(setup.parts)
         self.steps, self.batch_size = filled(self.config.steps), filled(self.config.batch_size)
         self.device = torch.device(self.config.device)
         self.random = RandomState(self.config.seed)
@@ -111,7 +122,7 @@ class Trainer:
         """One step on a batch of a part, and its line in the metrics where one is due."""
         rate = self.config.learning_rate * rate_factor(self.step, steps=self.steps)
         with self.random:
-            loss, norm = self.learn(batch, self.setup.parts[part])
+            loss, norm = self.learn(self.shares[part](batch), self.setup.parts[part])
         speed = (self.step - self._first) * self.batch_size / (time.monotonic() - self._begun)
         if self.step % max(1, self.steps // LOG_LINES) == 0:
             values = {"loss": loss, "learning_rate": rate, "gradient_norm": norm}
@@ -170,9 +181,10 @@ class Trainer:
         """What is scored at a check of a part: the averaged weights and the raw ones."""
         precision, task = self.config.precision, self.setup.parts[part].task
         averaged, raw = (for_task(model.eval(), task.name) for model in (self.ema.model, self.model))
+        seen = partial(seen_through, self.shares[part])
         return {
-            EMA: self._albums[part].watching(model_predictor(averaged, task, precision)),
-            RAW: model_predictor(raw, task, precision),
+            EMA: seen(self._albums[part].watching(model_predictor(averaged, task, precision))),
+            RAW: seen(model_predictor(raw, task, precision)),
         }
 
     def note_scores(self, scores: Scored) -> None:

@@ -18,7 +18,9 @@ from mmdiff_cache.config import EmaConfig, TrainConfig
 from mmdiff_cache.errors import CheckpointError, ConfigError, TrainingError
 from mmdiff_cache.tasks import TASKS
 from mmdiff_cache.training import checkpoint
+from mmdiff_cache.training.build import set_up
 from mmdiff_cache.training.folder import locked, new_folder, read_metrics
+from mmdiff_cache.training.loop import Reading
 from mmdiff_cache.training.resolve import resolve
 from mmdiff_cache.training.run import Run, load_run, model_for_run, train
 from tests.learnable import LAYERS, METRES, TIMESTEPS, write_store
@@ -350,3 +352,22 @@ sys.exit(", ".join(name for name in banned if name in sys.modules) or 0)
     )
     assert done.returncode == 0, done.stderr
     assert "s_measure" in done.stdout
+
+
+def test_runs_of_one_order_seed_see_the_same_samples_and_begin_with_other_weights(
+    learnable_store: Path, tmp_path: Path
+) -> None:
+    first, second, own = (
+        set_up(resolve(small_config(learnable_store, seed=seed, order_seed=order)))
+        for seed, order in ((0, 3), (1, 3), (3, None))
+    )
+    assert Reading.of(first).seed == Reading.of(second).seed == Reading.of(own).seed == 3
+    parts = [setup.parts[0] for setup in (first, second, own)]
+    assert len({part.samples.indices for part in parts}) == 1
+    assert {part.samples.augment_seed for part in parts} == {3}
+    runs = [
+        train(small_config(learnable_store, tmp_path / f"run-{seed}", seed=seed, order_seed=3, steps=1))
+        for seed in (0, 1)
+    ]
+    name = "raw/decoder.head.weight"
+    assert not torch.equal(tensors(runs[0])[name], tensors(runs[1])[name])
