@@ -261,6 +261,9 @@ def evaluate(
         str | None, typer.Option(help="Split to score; test where there is one, else val.")
     ] = None,
     weights: Annotated[str, typer.Option(help="ema, raw or best.")] = "ema",
+    align: Annotated[
+        str, typer.Option(help="Fit each predicted depth to its truth first: none, median or lstsq.")
+    ] = "none",
     task: OneTask = None,
     store: MovedStore = None,
     train_baselines: Annotated[
@@ -276,6 +279,7 @@ def evaluate(
             run,
             split,
             weights,
+            align=align,
             with_trained_baselines=train_baselines,
             store=store,
             task=task,

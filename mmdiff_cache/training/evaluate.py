@@ -11,12 +11,13 @@ from mmdiff_cache.errors import ConfigError, StorageError
 from mmdiff_cache.loader import CachedFeatureDataset
 from mmdiff_cache.records import Progress
 from mmdiff_cache.store.reader import Store
-from mmdiff_cache.tasks import Task, find_task, headline
+from mmdiff_cache.tasks import Task, aligning, find_task, headline
 from mmdiff_cache.training import checkpoint
 from mmdiff_cache.training.baselines import Fitting, baselines_for, trained_config, trained_for
 from mmdiff_cache.training.build import open_dataset
 from mmdiff_cache.training.checkpoint import EMA, LAST, RAW
 from mmdiff_cache.training.division import divide
+from mmdiff_cache.training.protocol import in_words
 from mmdiff_cache.training.report import Evaluation
 from mmdiff_cache.training.resolve import TRAIN_SPLIT
 from mmdiff_cache.training.run import Run, device_of, load_run, model_for_run, one_task, store_of, train
@@ -33,6 +34,7 @@ def evaluate(
     split: str | None = None,
     weights: str = EMA,
     *,
+    align: str = "none",
     with_trained_baselines: bool = False,
     store: str | Path | None = None,
     task: str | None = None,
@@ -45,12 +47,16 @@ def evaluate(
     `with_trained_baselines` trains them first. `store` says where the run's store lies now. `task` is one of
     those of a run of several. The result is also written into the run's folder.
 
+    `align` gives each predicted depth, the baselines' too, a scale (`median`) or scale and shift (`lstsq`)
+    that fit its truth; such numbers compare with those of relative depth, not of metric depth.
+
     Raises ConfigError for a split or weights there are not, CheckpointError for a run that cannot be used or
     belongs to another store, StoreError for a store that cannot be read.
     """
     several = len(load_run(run).tasks) > 1
     run = one_task(run, task)
-    opened, entry = store_of(run, store), find_task(run.config.task, run.config.label)
+    entry = aligning(find_task(run.config.task, run.config.label), align)
+    opened = store_of(run, store)
     split = _pick_split(opened, split)
     if with_trained_baselines:
         train_baselines(run, opened, progress)
@@ -87,7 +93,8 @@ def evaluate(
         other_weights=others,
         baselines={**baselines, **_trained_scores(run, opened, split, entry)},
         per_sample=found[weights].samples,
-        protocol=_protocol(dataset, entry, split),
+        align=align,
+        protocol=in_words(dataset, entry, split, align, flip=False),
         ending=run.ending,
     )
     _keep(run, result, f"{entry.name}-" if several else "")
@@ -158,32 +165,12 @@ def _pick_split(store: Store, split: str | None) -> str:
     return split
 
 
-def _protocol(dataset: CachedFeatureDataset, task: Task, split: str) -> str:
-    """How the numbers were taken, in words."""
-    label = dataset.reader.label_specs[task.label]
-    failed = len(dataset.reader.failed)
-    left_out = f" ({failed} failed sample(s) left out)" if failed else ""
-    how = {
-        "classes": f"IoU from one confusion matrix over all samples, id {label.ignore} not counted",
-        "mask": "S-measure, maximum F of the mean curve and MAE by pysodmetrics",
-        "depth": f"each sample's errors, then their mean; depths in {label.valid_range} m, no alignment",
-    }[label.kind]
-    if label.crop is not None:
-        top, bottom, left, right = label.crop
-        how += f"; rows {top} to {bottom} and columns {left} to {right} of the original"
-    size = {
-        "squash": "outputs resized to the labels' original size first",
-        "pad": "outputs resized to the labels' original size first, margins taken off",
-        "crop": "the middle square that the network saw, outputs resized to its original size first",
-    }[dataset.store.manifest.fit]
-    return f"{len(dataset)} samples of {split}{left_out}; {size}; {how}"
-
-
 def _keep(run: Run, result: Evaluation, task: str) -> None:
     """Write the result beside the run; a folder that cannot be written costs only that."""
+    options = "" if result.align == "none" else f"-{result.align}"
     try:
         checkpoint.write_json(
-            run.path / f"evaluation-{task}{result.split}-{result.weights}.json", result.to_json()
+            run.path / f"evaluation-{task}{result.split}-{result.weights}{options}.json", result.to_json()
         )
     except StorageError as error:
         logger.warning("the scores were not kept: %s", error)

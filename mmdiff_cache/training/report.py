@@ -39,6 +39,8 @@ class Evaluation:
     per_sample: Mapping[str, Mapping[str, float]]
     """Each sample's own scores, by sample id."""
     protocol: str
+    align: str = "none"
+    """What a predicted depth was given of its truth: none, median or lstsq."""
     ending: str = "finished"
     """How far the training came: `finished`, or where and why it went no further."""
 

@@ -85,6 +85,21 @@ def test_the_table_and_the_file_say_what_was_scored(trained: Callable[[str], Run
     assert result.scores["abs_rel"] == pytest.approx(mean)
 
 
+def test_aligned_depth_says_so_and_stands_beside_the_metric_one(trained: Callable[[str], Run]) -> None:
+    run = trained("depth")
+    plain, median, lstsq = (evaluate(run, align=how) for how in ("none", "median", "lstsq"))
+    assert lstsq.scores["rmse"] < plain.scores["rmse"]
+    assert median.baselines["position only"] != plain.baselines["position only"]
+    assert "(--align median)" in str(median)
+    assert "no alignment" in str(plain)
+    for name, how in (("", "none"), ("-median", "median"), ("-lstsq", "lstsq")):
+        assert json.loads((run.path / f"evaluation-test-ema{name}.json").read_text())["align"] == how
+    with pytest.raises(ConfigError, match="align 'median' is for depth; segmentation has no scale"):
+        evaluate(trained("segmentation"), align="median")
+    with pytest.raises(ConfigError, match="align must be one of none, median, lstsq, got 'mean'"):
+        evaluate(run, align="mean")
+
+
 def test_scores_do_not_depend_on_the_batch(trained: Callable[[str], Run]) -> None:
     run = trained("segmentation")
     alone = dataclasses.replace(run, config=dataclasses.replace(run.config, batch_size=1))
