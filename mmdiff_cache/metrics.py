@@ -164,7 +164,8 @@ class DepthMetric:
         crop: tuple[int, int, int, int] | None = None,
         align: Alignment = "none",
     ) -> None:
-        self.valid_range, self.align = valid_range, align
+        self.valid_range = valid_range
+        self.align: Alignment = align
         top, bottom, left, right = crop or (None, None, None, None)
         self._window = slice(top, bottom), slice(left, right)
         self._rows: list[dict[str, float]] = []

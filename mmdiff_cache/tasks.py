@@ -6,7 +6,7 @@ A new task is one more entry in TASKS (and a store whose labels it names).
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 from jaxtyping import Float
@@ -77,14 +77,13 @@ def find_task(name: str, label: str | None = None) -> Task:
 
 def aligning(task: Task, how: str) -> Task:
     """A task of depth that scores what is aligned to the truth. Raises ConfigError for other tasks."""
-    known = next((name for name in ALIGNMENTS if name == how), None)
-    if known is None:
+    if how not in ALIGNMENTS:
         raise ConfigError(f"align must be one of {', '.join(ALIGNMENTS)}, got {how!r}")
-    if known == "none":
+    if how == "none":
         return task
     if task.kind != "depth":
         raise ConfigError(f"align {how!r} is for depth; {task.name} has no scale to align, leave it out")
-    return replace(task, metric=partial(_depth_metric, align=known))
+    return replace(task, metric=partial(_depth_metric, align=cast(Alignment, how)))
 
 
 def out_channels(spec: LabelSpec) -> int:

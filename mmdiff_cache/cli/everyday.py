@@ -264,6 +264,9 @@ def evaluate(
     align: Annotated[
         str, typer.Option(help="Fit each predicted depth to its truth first: none, median or lstsq.")
     ] = "none",
+    flip: Annotated[
+        bool, typer.Option("--flip", help="Average with the stored features of the mirrored picture.")
+    ] = False,
     task: OneTask = None,
     store: MovedStore = None,
     train_baselines: Annotated[
@@ -280,6 +283,7 @@ def evaluate(
             split,
             weights,
             align=align,
+            flip=flip,
             with_trained_baselines=train_baselines,
             store=store,
             task=task,

@@ -17,6 +17,7 @@ from mmdiff_cache.training.baselines import Fitting, baselines_for, trained_conf
 from mmdiff_cache.training.build import open_dataset
 from mmdiff_cache.training.checkpoint import EMA, LAST, RAW
 from mmdiff_cache.training.division import divide
+from mmdiff_cache.training.mirror import Mirror
 from mmdiff_cache.training.protocol import in_words
 from mmdiff_cache.training.report import Evaluation
 from mmdiff_cache.training.resolve import TRAIN_SPLIT
@@ -35,6 +36,7 @@ def evaluate(
     weights: str = EMA,
     *,
     align: str = "none",
+    flip: bool = False,
     with_trained_baselines: bool = False,
     store: str | Path | None = None,
     task: str | None = None,
@@ -49,6 +51,7 @@ def evaluate(
 
     `align` gives each predicted depth, the baselines' too, a scale (`median`) or scale and shift (`lstsq`)
     that fit its truth; such numbers compare with those of relative depth, not of metric depth.
+    `flip` averages the run's outputs, logits or metres, with those of the stored mirrored twin.
 
     Raises ConfigError for a split or weights there are not, CheckpointError for a run that cannot be used or
     belongs to another store, StoreError for a store that cannot be read.
@@ -61,7 +64,8 @@ def evaluate(
     if with_trained_baselines:
         train_baselines(run, opened, progress)
     dataset = open_dataset(run.config, opened, split)
-    predictors = _predictors(run, entry, weights)
+    mirror = Mirror(dataset, split) if flip else None
+    predictors = _predictors(run, entry, weights, mirror)
     fitting = _fitting(run, opened, dataset)
     simple = baselines_for(fitting)
     found = score(
@@ -94,7 +98,8 @@ def evaluate(
         baselines={**baselines, **_trained_scores(run, opened, split, entry)},
         per_sample=found[weights].samples,
         align=align,
-        protocol=in_words(dataset, entry, split, align, flip=False),
+        flip=flip,
+        protocol=in_words(dataset, entry, split, align, flip=flip),
         ending=run.ending,
     )
     _keep(run, result, f"{entry.name}-" if several else "")
@@ -114,12 +119,11 @@ def _fitting(run: Run, store: Store, dataset: CachedFeatureDataset) -> Fitting:
     )
 
 
-def _predictors(run: Run, task: Task, weights: str) -> dict[str, Predictor]:
+def _predictors(run: Run, task: Task, weights: str, mirror: Mirror | None) -> dict[str, Predictor]:
     """The run with the weights asked for, and with the averaged and the raw ones."""
-    return {
-        name: model_predictor(model_for_run(run, name).to(device_of(run)), task, run.config.precision)
-        for name in dict.fromkeys((weights, EMA, RAW))
-    }
+    models = {name: model_for_run(run, name) for name in dict.fromkeys((weights, EMA, RAW))}
+    device, precision = device_of(run), run.config.precision
+    return {name: model_predictor(one.to(device), task, precision, mirror) for name, one in models.items()}
 
 
 def train_baselines(run: Run, store: Store, progress: Progress | None = None) -> dict[str, Run]:
@@ -167,7 +171,7 @@ def _pick_split(store: Store, split: str | None) -> str:
 
 def _keep(run: Run, result: Evaluation, task: str) -> None:
     """Write the result beside the run; a folder that cannot be written costs only that."""
-    options = "" if result.align == "none" else f"-{result.align}"
+    options = ("" if result.align == "none" else f"-{result.align}") + ("-flip" if result.flip else "")
     try:
         checkpoint.write_json(
             run.path / f"evaluation-{task}{result.split}-{result.weights}{options}.json", result.to_json()

@@ -41,6 +41,8 @@ class Evaluation:
     protocol: str
     align: str = "none"
     """What a predicted depth was given of its truth: none, median or lstsq."""
+    flip: bool = False
+    """Whether the run's outputs are means with those of the mirrored picture."""
     ending: str = "finished"
     """How far the training came: `finished`, or where and why it went no further."""
 
