@@ -267,6 +267,9 @@ def evaluate(
     flip: Annotated[
         bool, typer.Option("--flip", help="Average with the stored features of the mirrored picture.")
     ] = False,
+    export: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Also write the predictions, a PNG a sample.")
+    ] = None,
     task: OneTask = None,
     store: MovedStore = None,
     train_baselines: Annotated[
@@ -284,6 +287,7 @@ def evaluate(
             weights,
             align=align,
             flip=flip,
+            export=export,
             with_trained_baselines=train_baselines,
             store=store,
             task=task,

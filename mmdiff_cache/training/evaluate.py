@@ -17,6 +17,7 @@ from mmdiff_cache.training.baselines import Fitting, baselines_for, trained_conf
 from mmdiff_cache.training.build import open_dataset
 from mmdiff_cache.training.checkpoint import EMA, LAST, RAW
 from mmdiff_cache.training.division import divide
+from mmdiff_cache.training.export import Export
 from mmdiff_cache.training.mirror import Mirror
 from mmdiff_cache.training.protocol import in_words
 from mmdiff_cache.training.report import Evaluation
@@ -37,6 +38,7 @@ def evaluate(
     *,
     align: str = "none",
     flip: bool = False,
+    export: str | Path | None = None,
     with_trained_baselines: bool = False,
     store: str | Path | None = None,
     task: str | None = None,
@@ -52,6 +54,7 @@ def evaluate(
     `align` gives each predicted depth, the baselines' too, a scale (`median`) or scale and shift (`lstsq`)
     that fit its truth; such numbers compare with those of relative depth, not of metric depth.
     `flip` averages the run's outputs, logits or metres, with those of the stored mirrored twin.
+    `export` is a folder for the predictions themselves, a PNG a sample; see `training.export`.
 
     Raises ConfigError for a split or weights there are not, CheckpointError for a run that cannot be used or
     belongs to another store, StoreError for a store that cannot be read.
@@ -68,6 +71,9 @@ def evaluate(
     predictors = _predictors(run, entry, weights, mirror)
     fitting = _fitting(run, opened, dataset)
     simple = baselines_for(fitting)
+    files = None if export is None else _export(run, export, dataset, entry, split, weights, flip=flip)
+    if files is not None:
+        predictors[weights] = files.watching(predictors[weights])
     found = score(
         {**predictors, **simple},
         dataset,
@@ -77,6 +83,8 @@ def evaluate(
         batch_size=filled(run.config.batch_size),
         progress=progress,
     )
+    if files is not None:
+        files.finish()
     baselines = {name: found[name].overall for name in simple}
     others = {name: found[name].overall for name in predictors if name != weights}
     result = Evaluation(
@@ -99,11 +107,36 @@ def evaluate(
         per_sample=found[weights].samples,
         align=align,
         flip=flip,
+        export=None if export is None else str(export),
         protocol=in_words(dataset, entry, split, align, flip=flip),
         ending=run.ending,
     )
     _keep(run, result, f"{entry.name}-" if several else "")
     return result
+
+
+def _export(
+    run: Run,
+    folder: str | Path,
+    dataset: CachedFeatureDataset,
+    task: Task,
+    split: str,
+    weights: str,
+    *,
+    flip: bool,
+) -> Export:
+    """A folder for the predictions, claimed."""
+    what = {
+        "run": str(run.path.absolute()),
+        "step": run.step,
+        "weights": weights,
+        "task": task.name,
+        "label": task.label,
+        "split": split,
+        "flip": flip,
+        "fit": dataset.store.manifest.fit,
+    }
+    return Export(Path(folder).expanduser(), dataset, dataset.reader.label_specs[task.label], what)
 
 
 def _fitting(run: Run, store: Store, dataset: CachedFeatureDataset) -> Fitting:

@@ -43,6 +43,8 @@ class Evaluation:
     """What a predicted depth was given of its truth: none, median or lstsq."""
     flip: bool = False
     """Whether the run's outputs are means with those of the mirrored picture."""
+    export: str | None = None
+    """Where the predictions were written, if they were."""
     ending: str = "finished"
     """How far the training came: `finished`, or where and why it went no further."""
 
@@ -77,7 +79,8 @@ def _lines(result: Evaluation) -> list[str]:
     iou = result.scores.get("iou")
     if iou:
         lines += ["", "IoU by class", *_aligned([list(iou), [_number(value) for value in iou.values()]])]
-    return [*lines, "", result.protocol]
+    written = [] if result.export is None else ["", f"predictions {result.export}"]
+    return [*lines, "", result.protocol, *written]
 
 
 def _columns(result: Evaluation) -> list[str]:
