@@ -19,7 +19,7 @@ from mmdiff_cache.training.checkpoint import EMA, LAST, RAW
 from mmdiff_cache.training.division import divide
 from mmdiff_cache.training.export import Export
 from mmdiff_cache.training.mirror import Mirror
-from mmdiff_cache.training.protocol import in_words
+from mmdiff_cache.training.protocol import Way, in_words
 from mmdiff_cache.training.report import Evaluation
 from mmdiff_cache.training.resolve import TRAIN_SPLIT
 from mmdiff_cache.training.run import Run, device_of, load_run, model_for_run, one_task, store_of, train
@@ -63,80 +63,82 @@ def evaluate(
     run = one_task(run, task)
     entry = aligning(find_task(run.config.task, run.config.label), align)
     opened = store_of(run, store)
-    split = _pick_split(opened, split)
-    if with_trained_baselines:
-        train_baselines(run, opened, progress)
-    dataset = open_dataset(run.config, opened, split)
-    mirror = Mirror(dataset, split) if flip else None
-    predictors = _predictors(run, entry, weights, mirror)
-    fitting = _fitting(run, opened, dataset)
-    simple = baselines_for(fitting)
-    files = None if export is None else _export(run, export, dataset, entry, split, weights, flip=flip)
+    way = Way(split=_pick_split(opened, split), weights=weights, align=align, flip=flip)
+    dataset = open_dataset(run.config, opened, way.split)
+    predictors = _predictors(run, entry, weights, Mirror(dataset, way.split) if flip else None)
+    files = None if export is None else _export(run, export, dataset, entry, way)
     if files is not None:
         predictors[weights] = files.watching(predictors[weights])
+    if with_trained_baselines:
+        train_baselines(run, opened, progress)
+    simple = baselines_for(_fitting(run, opened, dataset))
     found = score(
         {**predictors, **simple},
         dataset,
         entry,
-        data_set=fitting.data_set,
+        data_set=run.origin["dataset"],
         original=True,
         batch_size=filled(run.config.batch_size),
         progress=progress,
     )
     if files is not None:
         files.finish()
-    baselines = {name: found[name].overall for name in simple}
-    others = {name: found[name].overall for name in predictors if name != weights}
-    result = Evaluation(
+    scores = {name: found[name].overall for name in found}
+    result = dataclasses.replace(
+        _evaluation(run, dataset, entry, way, found[weights]),
+        other_weights={name: scores[name] for name in predictors if name != weights},
+        baselines={
+            **{name: scores[name] for name in simple},
+            **_trained_scores(run, opened, way.split, entry),
+        },
+        export=None if export is None else str(export),
+    )
+    _keep(run, result, f"{entry.name}-{way.name}" if several else way.name)
+    return result
+
+
+def _evaluation(run: Run, dataset: CachedFeatureDataset, task: Task, way: Way, found: Scores) -> Evaluation:
+    """The scores of a run's weights, with what is known of the run; without anything beside them."""
+    data_set: str = run.origin["dataset"]
+    return Evaluation(
         run=str(run.path),
-        task=entry.name,
-        label=entry.label,
-        data_set=fitting.data_set,
-        split=split,
+        task=task.name,
+        label=task.label,
+        data_set=data_set,
+        split=way.split,
         samples=len(dataset),
         backbone=run.origin["backbone"],
         prompts=run.origin["prompts"],
         source=run.config.source,
-        weights=weights,
+        weights=way.weights,
         step=run.step,
-        headline=headline(entry, fitting.data_set),
-        higher_is_better=entry.higher_is_better,
-        scores=found[weights].overall,
-        other_weights=others,
-        baselines={**baselines, **_trained_scores(run, opened, split, entry)},
-        per_sample=found[weights].samples,
-        align=align,
-        flip=flip,
-        export=None if export is None else str(export),
-        protocol=in_words(dataset, entry, split, align, flip=flip),
+        headline=headline(task, data_set),
+        higher_is_better=task.higher_is_better,
+        scores=found.overall,
+        other_weights={},
+        baselines={},
+        per_sample=found.samples,
+        align=way.align,
+        flip=way.flip,
+        protocol=in_words(dataset, task, way),
         ending=run.ending,
     )
-    _keep(run, result, f"{entry.name}-" if several else "")
-    return result
 
 
-def _export(
-    run: Run,
-    folder: str | Path,
-    dataset: CachedFeatureDataset,
-    task: Task,
-    split: str,
-    weights: str,
-    *,
-    flip: bool,
-) -> Export:
+def _export(run: Run, folder: str | Path, dataset: CachedFeatureDataset, task: Task, way: Way) -> Export:
     """A folder for the predictions, claimed."""
     what = {
         "run": str(run.path.absolute()),
         "step": run.step,
-        "weights": weights,
+        "weights": way.weights,
         "task": task.name,
         "label": task.label,
-        "split": split,
-        "flip": flip,
-        "fit": dataset.store.manifest.fit,
+        "data_set": run.origin["dataset"],
+        "split": way.split,
+        "flip": way.flip,
     }
-    return Export(Path(folder).expanduser(), dataset, dataset.reader.label_specs[task.label], what)
+    label = dataset.reader.label_specs[task.label]
+    return Export(Path(folder).expanduser(), dataset, label, what, in_words(dataset, task, way))
 
 
 def _fitting(run: Run, store: Store, dataset: CachedFeatureDataset) -> Fitting:
@@ -202,12 +204,11 @@ def _pick_split(store: Store, split: str | None) -> str:
     return split
 
 
-def _keep(run: Run, result: Evaluation, task: str) -> None:
+def _keep(run: Run, result: Evaluation, name: str) -> None:
     """Write the result beside the run; a folder that cannot be written costs only that."""
-    options = ("" if result.align == "none" else f"-{result.align}") + ("-flip" if result.flip else "")
     try:
-        checkpoint.write_json(
-            run.path / f"evaluation-{task}{result.split}-{result.weights}{options}.json", result.to_json()
-        )
+        checkpoint.write_json(run.path / f"evaluation-{name}.json", result.to_json())
+        for what, table in result.tables().items():
+            checkpoint.write_bytes(run.path / f"evaluation-{name}-{what}.csv", table.encode())
     except StorageError as error:
         logger.warning("the scores were not kept: %s", error)

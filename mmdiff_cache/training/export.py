@@ -44,11 +44,16 @@ class Export:
     """Writes what a predictor says of every sample of a data set, as it is scored.
 
     `what` says what is exported; a folder that holds an export of the same goes on to hold it, file by file.
-    Raises ConfigError for a folder that holds anything else, StorageError when the file system refuses.
+    `protocol` is how it is scored. Raises ConfigError for a folder that holds anything else, StorageError when the file system refuses.
     """
 
     def __init__(
-        self, folder: Path, dataset: CachedFeatureDataset, label: LabelSpec, what: Mapping[str, Any]
+        self,
+        folder: Path,
+        dataset: CachedFeatureDataset,
+        label: LabelSpec,
+        what: Mapping[str, Any],
+        protocol: str,
     ) -> None:
         if label.kind == "classes" and len(label.classes) > _UNSEEN["classes"]:
             raise ConfigError(
@@ -57,8 +62,8 @@ class Export:
             )
         self._folder, self._dataset, self._label = folder, dataset, label
         self._files = file_names([dataset.reader.ids[sample] for sample in dataset.indices])
-        self._what = dict(what)
-        _claim(folder, self._what)
+        self._about = {**what, "protocol": protocol}
+        _claim(folder, what)
         self._note(complete=False)
 
     def watching(self, predict: Predictor) -> Predictor:
@@ -92,7 +97,7 @@ class Export:
         classes = {"classes": list(self._label.classes)} if self._label.classes else {}
         write_json(
             self._folder / RECORD,
-            {**self._what, **about, **classes, "complete": complete, "files": self._files},
+            {**self._about, **about, **classes, "complete": complete, "files": self._files},
             OPTION,
         )
 

@@ -49,6 +49,7 @@ def test_the_files_alone_give_the_scores(
     assert about["complete"]
     assert (about["run"], about["weights"], about["split"]) == (str(run.path), "ema", "test")
     assert {path.name for path in folder.iterdir()} == {"predictions.json", *about["files"].values()}
+    assert about["protocol"] == result.protocol
     assert f"predictions {folder}" in str(result)
 
 
@@ -131,5 +132,5 @@ def test_what_the_network_did_not_see_is_filled() -> None:
 def test_too_many_classes_for_a_palette_are_refused(learnable_store: Path, tmp_path: Path) -> None:
     label = LabelSpec(name="things", kind="classes", classes=tuple(map(str, range(256))))
     with pytest.raises(ConfigError, match="at most 255 classes, label set 'things' has 256"):
-        Export(tmp_path / "out", CachedFeatureDataset(learnable_store, "test"), label, {})
+        Export(tmp_path / "out", CachedFeatureDataset(learnable_store, "test"), label, {}, "")
     assert not (tmp_path / "out").exists()
