@@ -44,7 +44,9 @@ class Export:
     """Writes what a predictor says of every sample of a data set, as it is scored.
 
     `what` says what is exported; a folder that holds an export of the same goes on to hold it, file by file.
-    `protocol` is how it is scored. Raises ConfigError for a folder that holds anything else, StorageError when the file system refuses.
+    `protocol` is how it is scored.
+
+    Raises ConfigError for a folder that holds anything else, StorageError when the file system refuses.
     """
 
     def __init__(
