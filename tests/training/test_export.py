@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mmdiff_cache.cli.app import run as command
 from mmdiff_cache.errors import ConfigError, StorageError
 from mmdiff_cache.fitting import onto, to_network
 from mmdiff_cache.loader import CachedFeatureDataset
@@ -91,6 +92,22 @@ def test_a_disk_that_refuses_is_one_line_and_the_export_is_not_complete(
         evaluate(run, export=blocked)
     assert "--run" not in str(caught.value)
     assert not json.loads((blocked / "predictions.json").read_text())["complete"]
+
+
+def test_the_command_line_passes_it_all_on(
+    trained: Callable[[str], Run], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run, folder = trained("depth"), tmp_path / "out"
+    words = ["evaluate", str(run.path), "--align", "lstsq", "--export", str(folder), "--json"]
+    assert command(words) == 0
+    said = json.loads(capfd.readouterr().out)
+    assert (said["align"], said["flip"], said["export"]) == ("lstsq", False, str(folder))
+    assert "(--align lstsq)" in said["protocol"]
+    assert len(list(folder.glob("*.png"))) == 4
+    assert command(["evaluate", str(run.path), "--flip"]) == 2
+    refused = capfd.readouterr()
+    assert "flip needs the mirrored twin of noise draw 0" in " ".join(refused.err.split())
+    assert "Traceback" not in refused.err
 
 
 def test_file_names_are_safe_and_different() -> None:
