@@ -44,3 +44,13 @@ def from_network(array: NDArray[Any], size: tuple[int, int], fit: Fit) -> NDArra
         return array
     top, left = (array.shape[0] - size[0]) // 2, (array.shape[1] - size[1]) // 2
     return array[top : top + size[0], left : left + size[1]]
+
+
+def onto(array: NDArray[Any], size: tuple[int, int], fill: float) -> NDArray[Any]:
+    """Lay the middle of a picture, all that `crop` leaves of it, onto one of the full size = (H, W)."""
+    if array.shape == size:
+        return array
+    whole = np.full(size, fill, array.dtype)
+    top, left = (size[0] - array.shape[0]) // 2, (size[1] - array.shape[1]) // 2
+    whole[top : top + array.shape[0], left : left + array.shape[1]] = array
+    return whole

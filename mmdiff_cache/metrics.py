@@ -5,7 +5,7 @@ Protocols: docs/paper-notes.md.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, Literal, Protocol, cast, get_args, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float, Integer
@@ -16,6 +16,9 @@ from .errors import DataError
 IGNORE = 255
 DELTA = 1.25
 """delta_k is the share of pixels whose ratio to the truth, either way round, is below 1.25^k."""
+Alignment = Literal["none", "median", "lstsq"]
+ALIGNMENTS: tuple[Alignment, ...] = get_args(Alignment)
+"""What a predicted depth is given of the truth before it is scored: nothing, a scale, or scale and shift."""
 
 
 @runtime_checkable
@@ -148,17 +151,21 @@ class SaliencyMetric:
 
 
 class DepthMetric:
-    """AbsRel, RMSE and delta_1..3 of metric depth: of each picture first, then the mean over pictures.
+    """AbsRel, RMSE, log10 and delta_1..3 of metric depth: of each picture first, then the mean over pictures.
 
-    Pixels count where low < truth < high; predictions are clamped to that range (NaN counts as low). There is
-    no alignment of scale. With a crop (top, bottom, left, right) only those rows and columns count. A picture
-    without a valid pixel is left out of the mean and counted as skipped.
+    Pixels count where low < truth < high; predictions are clamped to that range (NaN counts as low), after
+    they were aligned, if they are, on the same pixels. With a crop (top, bottom, left, right) only those rows
+    and columns count. A picture without a valid pixel is left out of the mean and counted as skipped.
     """
 
     def __init__(
-        self, valid_range: tuple[float, float], crop: tuple[int, int, int, int] | None = None
+        self,
+        valid_range: tuple[float, float],
+        crop: tuple[int, int, int, int] | None = None,
+        align: Alignment = "none",
     ) -> None:
         self.valid_range = valid_range
+        self.align: Alignment = align
         top, bottom, left, right = crop or (None, None, None, None)
         self._window = slice(top, bottom), slice(left, right)
         self._rows: list[dict[str, float]] = []
@@ -176,23 +183,38 @@ class DepthMetric:
             return {}
         truth = target[valid].astype(np.float64)
         guess = np.nan_to_num(prediction[valid].astype(np.float64), nan=low, posinf=high, neginf=low)
-        row = depth_errors(np.clip(guess, low, high), truth)
+        row = depth_errors(np.clip(aligned(guess, truth, self.align), low, high), truth)
         self._rows.append(row)
         return row
 
     def scores(self) -> dict[str, Any]:
-        """abs_rel, rmse (metres), delta1, delta2, delta3."""
+        """abs_rel, rmse (metres), delta1, delta2, delta3, log10."""
         if not self._rows:
             raise DataError(f"depth metrics need a pixel whose depth lies in {self.valid_range} m; none does")
         means = {key: float(np.mean([row[key] for row in self._rows])) for key in self._rows[0]}
         return {**means, "samples": len(self._rows), "skipped": self.skipped}
 
 
+def aligned(guess: NDArray[np.float64], truth: NDArray[np.float64], how: Alignment) -> NDArray[np.float64]:
+    """One picture's valid depths, brought to the truth: by the ratio of the medians, or by least squares.
+
+    A median that is not positive has no ratio; such a picture stays as it is.
+    """
+    if how == "median":
+        middle = np.median(guess)
+        return guess * (np.median(truth) / middle) if middle > 0 else guess
+    if how == "lstsq":
+        columns = np.stack([guess, np.ones_like(guess)], axis=1)
+        return columns @ np.linalg.lstsq(columns, truth)[0]
+    return guess
+
+
 def depth_errors(guess: NDArray[np.float64], truth: NDArray[np.float64]) -> dict[str, float]:
-    """The five numbers for one picture's valid pixels; both positive, in metres."""
+    """The six numbers for one picture's valid pixels; both positive, in metres."""
     ratio = np.maximum(guess / truth, truth / guess)
     return {
         "abs_rel": float(np.mean(np.abs(guess - truth) / truth)),
         "rmse": float(np.sqrt(np.mean((guess - truth) ** 2))),
         **{f"delta{k}": float(np.mean(ratio < DELTA**k)) for k in (1, 2, 3)},
+        "log10": float(np.mean(np.abs(np.log10(guess) - np.log10(truth)))),
     }

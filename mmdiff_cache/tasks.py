@@ -5,7 +5,8 @@ A new task is one more entry in TASKS (and a store whose labels it names).
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from functools import partial
+from typing import Any, Literal, cast
 
 import numpy as np
 from jaxtyping import Float
@@ -15,7 +16,14 @@ from torch import Tensor
 from mmdiff_cache import losses
 from mmdiff_cache.config import DecoderName
 from mmdiff_cache.errors import ConfigError, DataError
-from mmdiff_cache.metrics import DepthMetric, Metric, SaliencyMetric, SegmentationMetric
+from mmdiff_cache.metrics import (
+    ALIGNMENTS,
+    Alignment,
+    DepthMetric,
+    Metric,
+    SaliencyMetric,
+    SegmentationMetric,
+)
 from mmdiff_cache.records import LabelKind, LabelSpec
 from mmdiff_cache.scenes import SHAPES, TEXTURES
 
@@ -65,6 +73,17 @@ def find_task(name: str, label: str | None = None) -> Task:
     if name not in TASKS:
         raise ConfigError(f"task {name!r} is not known; there are {', '.join(TASKS)}")
     return TASKS[name] if label is None else replace(TASKS[name], label=label)
+
+
+def aligning(task: Task, how: str) -> Task:
+    """A task of depth that scores what is aligned to the truth. Raises ConfigError for other tasks."""
+    if how not in ALIGNMENTS:
+        raise ConfigError(f"align must be one of {', '.join(ALIGNMENTS)}, got {how!r}")
+    if how == "none":
+        return task
+    if task.kind != "depth":
+        raise ConfigError(f"align {how!r} is for depth; {task.name} has no scale to align, leave it out")
+    return replace(task, metric=partial(_depth_metric, align=cast(Alignment, how)))
 
 
 def out_channels(spec: LabelSpec) -> int:
@@ -154,8 +173,8 @@ def _metres(outputs: Float[Tensor, "1 H W"]) -> NDArray[np.float32]:
     return outputs[0].numpy()
 
 
-def _depth_metric(spec: LabelSpec, dataset: str) -> Metric:
-    return DepthMetric(_valid_range(spec), spec.crop)
+def _depth_metric(spec: LabelSpec, dataset: str, align: Alignment = "none") -> Metric:
+    return DepthMetric(_valid_range(spec), spec.crop, align)
 
 
 TASKS: Mapping[str, Task] = {

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -233,6 +234,7 @@ def test_depth_by_hand() -> None:
     assert own["abs_rel"] == pytest.approx((0 + 0.2 + 0.5 + 0.5) / 4)
     assert own["rmse"] == pytest.approx(np.sqrt((0 + 0.16 + 1 + 1) / 4))
     assert (own["delta1"], own["delta2"], own["delta3"]) == (2 / 4, 3 / 4, 3 / 4)
+    assert own["log10"] == pytest.approx(np.log10([1.2, 1.5, 2.0]).sum() / 4)
 
 
 def test_depth_is_a_mean_over_pictures_not_over_pixels() -> None:
@@ -241,6 +243,40 @@ def test_depth_is_a_mean_over_pictures_not_over_pixels() -> None:
     metric.update(np.full((1, 1), 3.0), np.full((1, 1), 2.0))
     assert metric.scores()["abs_rel"] == pytest.approx(0.25)
     assert metric.scores()["rmse"] == pytest.approx(0.5)
+
+
+def test_the_median_scales_each_picture_by_its_valid_pixels() -> None:
+    """Medians of the three valid pixels are 4 and 1: times 4. What is invalid or cropped off has no say."""
+    metric = DepthMetric((0.1, 10.0), crop=(0, 1, 0, 4), align="median")
+    own = metric.update(np.array([[0.5, 1.0, 2.0, 900.0, 900.0]]), np.array([[2.0, 4.0, 9.0, 0.0, 5.0]]))
+    assert own["abs_rel"] == pytest.approx((0 + 0 + 1 / 9) / 3)
+    metric.update(np.array([[30.0]]), np.array([[3.0]]))
+    assert metric.scores()["abs_rel"] == pytest.approx((1 / 27 + 0) / 2)
+
+
+def test_least_squares_find_scale_and_shift_of_each_picture() -> None:
+    metric, guess = DepthMetric((0.1, 10.0), align="lstsq"), np.array([[1.0, 2.0, 3.0, 4.0, 77.0]])
+    assert metric.update(guess, np.array([[1.5, 3.5, 5.5, 7.5, 0.0]]))["rmse"] == pytest.approx(0, abs=1e-9)
+    assert metric.update(-guess, np.array([[7.0, 6.0, 5.0, 4.0, 0.0]]))["rmse"] == pytest.approx(0, abs=1e-9)
+    # By hand: through (1, 1), (2, 3), (3, 2) goes 1 + x / 2, off by -0.5, 1, -0.5.
+    own = metric.update(np.array([[1.0, 2.0, 3.0]]), np.array([[1.0, 3.0, 2.0]]))
+    assert own["rmse"] == pytest.approx(np.sqrt((0.25 + 1 + 0.25) / 3))
+
+
+def test_aligned_depths_are_clamped_afterwards() -> None:
+    """The last becomes 2000 m, which counts as 10; clamped before as well it would have been 20."""
+    own = DepthMetric((0.1, 10.0), align="median").update(
+        np.array([[1.0, 1.0, 1000.0]]), np.array([[2.0, 2.0, 8.0]])
+    )
+    assert own["abs_rel"] == pytest.approx((10 - 8) / 8 / 3)
+
+
+@pytest.mark.parametrize("align", ["median", "lstsq"])
+def test_a_constant_prediction_can_be_aligned(align: Literal["median", "lstsq"]) -> None:
+    metric, truth = DepthMetric((0.1, 10.0), align=align), np.array([[2.0, 4.0]])
+    for value in (0.0, 5.0):
+        assert np.isfinite(list(metric.update(np.full((1, 2), value), truth).values())).all()
+    assert metric.update(np.full((1, 2), 5.0), truth)["rmse"] == pytest.approx(1.0)
 
 
 def test_predictions_are_clamped_to_the_valid_range() -> None:

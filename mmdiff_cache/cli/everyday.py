@@ -261,6 +261,15 @@ def evaluate(
         str | None, typer.Option(help="Split to score; test where there is one, else val.")
     ] = None,
     weights: Annotated[str, typer.Option(help="ema, raw or best.")] = "ema",
+    align: Annotated[
+        str, typer.Option(help="Fit each predicted depth to its truth first: none, median or lstsq.")
+    ] = "none",
+    flip: Annotated[
+        bool, typer.Option("--flip", help="Average with the stored features of the mirrored picture.")
+    ] = False,
+    export: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Also write the predictions, a PNG a sample.")
+    ] = None,
     task: OneTask = None,
     store: MovedStore = None,
     train_baselines: Annotated[
@@ -276,6 +285,9 @@ def evaluate(
             run,
             split,
             weights,
+            align=align,
+            flip=flip,
+            export=export,
             with_trained_baselines=train_baselines,
             store=store,
             task=task,

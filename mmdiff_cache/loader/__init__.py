@@ -11,7 +11,16 @@ no second process needs a copy of anything.
 
 from .batch import Batch, View, taken, view_of
 from .dataset import CachedFeatureDataset, picture_values, side_by_side, usable_samples
-from .inputs import CROSS_ATTENTION, NO_CONCEPTS, Guide, Inputs, make_guide, settle
+from .inputs import (
+    CROSS_ATTENTION,
+    NO_CONCEPTS,
+    WITHOUT_TRANSFORMER,
+    Guide,
+    Inputs,
+    make_guide,
+    plain_variant,
+    settle,
+)
 from .memory import SampleMemory
 from .order import batch_positions, batches_per_epoch, sample_order
 from .prefetch import make_loader
@@ -19,6 +28,7 @@ from .prefetch import make_loader
 __all__ = [
     "CROSS_ATTENTION",
     "NO_CONCEPTS",
+    "WITHOUT_TRANSFORMER",
     "Batch",
     "CachedFeatureDataset",
     "Guide",
@@ -30,6 +40,7 @@ __all__ = [
     "make_guide",
     "make_loader",
     "picture_values",
+    "plain_variant",
     "sample_order",
     "settle",
     "side_by_side",

@@ -83,19 +83,21 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_json(path: Path, values: Any) -> None:
+def write_json(path: Path, values: Any, option: str = "--run") -> None:
     """Write a JSON document atomically. Raises StorageError when the file system refuses."""
-    write_bytes(path, (json.dumps(values, indent=2, sort_keys=False) + "\n").encode())
+    write_bytes(path, (json.dumps(values, indent=2, sort_keys=False) + "\n").encode(), option)
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file atomically. Raises StorageError when the file system refuses."""
-    with _written_aside(path, str(path)) as partial:
+def write_bytes(path: Path, content: bytes, option: str = "--run") -> None:
+    """Write a file atomically. Raises StorageError, which names the option that chose the place, when the
+    file system refuses.
+    """
+    with _written_aside(path, str(path), option=option) as partial:
         partial.write_bytes(content)
 
 
 @contextmanager
-def _written_aside(path: Path, what: str, kept: str = "") -> Generator[Path]:
+def _written_aside(path: Path, what: str, kept: str = "", option: str = "--run") -> Generator[Path]:
     """A name beside a file, whose content takes the file's place, durably, once it is complete."""
     partial = path.with_name(partial_name(path.name))
     try:
@@ -106,7 +108,7 @@ def _written_aside(path: Path, what: str, kept: str = "") -> Generator[Path]:
     except (OSError, SafetensorError) as error:
         with suppress(OSError):  # room for others
             partial.unlink(missing_ok=True)
-        raise refusal(what, error, kept) from error
+        raise refusal(what, error, kept, option) from error
 
 
 def partial_name(name: str) -> str:
@@ -114,13 +116,13 @@ def partial_name(name: str) -> str:
     return f".{name}.partial"
 
 
-def refusal(what: str, error: Exception, kept: str = "") -> StorageError:
+def refusal(what: str, error: Exception, kept: str = "", option: str = "--run") -> StorageError:
     """The one line for a file system that refuses; StorageRefused where only another place would help."""
     code = error.errno if isinstance(error, OSError) else _code_of(error)
     reason = os.strerror(code).lower() if code else str(error)
     remedy = _REMEDIES.get(code or 0)
     if remedy is None:
-        return StorageRefused(f"cannot write {what}: {reason}{kept}; choose another place with --run")
+        return StorageRefused(f"cannot write {what}: {reason}{kept}; choose another place with {option}")
     return StorageError(f"cannot write {what}: {reason}{kept}; {remedy} and run the same command again")
 
 

@@ -11,12 +11,15 @@ from mmdiff_cache.errors import ConfigError, StorageError
 from mmdiff_cache.loader import CachedFeatureDataset
 from mmdiff_cache.records import Progress
 from mmdiff_cache.store.reader import Store
-from mmdiff_cache.tasks import Task, find_task, headline
+from mmdiff_cache.tasks import Task, aligning, find_task, headline
 from mmdiff_cache.training import checkpoint
 from mmdiff_cache.training.baselines import Fitting, baselines_for, trained_config, trained_for
 from mmdiff_cache.training.build import open_dataset
 from mmdiff_cache.training.checkpoint import EMA, LAST, RAW
 from mmdiff_cache.training.division import divide
+from mmdiff_cache.training.export import Export
+from mmdiff_cache.training.mirror import Mirror
+from mmdiff_cache.training.protocol import Way, in_words
 from mmdiff_cache.training.report import Evaluation
 from mmdiff_cache.training.resolve import TRAIN_SPLIT
 from mmdiff_cache.training.run import Run, device_of, load_run, model_for_run, one_task, store_of, train
@@ -33,6 +36,9 @@ def evaluate(
     split: str | None = None,
     weights: str = EMA,
     *,
+    align: str = "none",
+    flip: bool = False,
+    export: str | Path | None = None,
     with_trained_baselines: bool = False,
     store: str | Path | None = None,
     task: str | None = None,
@@ -45,53 +51,94 @@ def evaluate(
     `with_trained_baselines` trains them first. `store` says where the run's store lies now. `task` is one of
     those of a run of several. The result is also written into the run's folder.
 
+    `align` gives each predicted depth, the baselines' too, a scale (`median`) or scale and shift (`lstsq`)
+    that fit its truth; such numbers compare with those of relative depth, not of metric depth.
+    `flip` averages the run's outputs, logits or metres, with those of the stored mirrored twin.
+    `export` is a folder for the predictions themselves, a PNG a sample; see `training.export`.
+
     Raises ConfigError for a split or weights there are not, CheckpointError for a run that cannot be used or
     belongs to another store, StoreError for a store that cannot be read.
     """
     several = len(load_run(run).tasks) > 1
     run = one_task(run, task)
-    opened, entry = store_of(run, store), find_task(run.config.task, run.config.label)
-    split = _pick_split(opened, split)
+    entry = aligning(find_task(run.config.task, run.config.label), align)
+    opened = store_of(run, store)
+    way = Way(split=_pick_split(opened, split), weights=weights, align=align, flip=flip)
+    dataset = open_dataset(run.config, opened, way.split)
+    predictors = _predictors(run, entry, weights, Mirror(dataset, way.split) if flip else None)
+    files = None if export is None else _export(run, export, dataset, entry, way)
+    if files is not None:
+        predictors[weights] = files.watching(predictors[weights])
     if with_trained_baselines:
         train_baselines(run, opened, progress)
-    dataset = open_dataset(run.config, opened, split)
-    predictors = _predictors(run, entry, weights)
-    fitting = _fitting(run, opened, dataset)
-    simple = baselines_for(fitting)
+    simple = baselines_for(_fitting(run, opened, dataset))
     found = score(
         {**predictors, **simple},
         dataset,
         entry,
-        data_set=fitting.data_set,
+        data_set=run.origin["dataset"],
         original=True,
         batch_size=filled(run.config.batch_size),
         progress=progress,
     )
-    baselines = {name: found[name].overall for name in simple}
-    others = {name: found[name].overall for name in predictors if name != weights}
-    result = Evaluation(
+    if files is not None:
+        files.finish()
+    scores = {name: found[name].overall for name in found}
+    result = dataclasses.replace(
+        _evaluation(run, dataset, entry, way, found[weights]),
+        other_weights={name: scores[name] for name in predictors if name != weights},
+        baselines={
+            **{name: scores[name] for name in simple},
+            **_trained_scores(run, opened, way.split, entry),
+        },
+        export=None if export is None else str(export),
+    )
+    _keep(run, result, f"{entry.name}-{way.name}" if several else way.name)
+    return result
+
+
+def _evaluation(run: Run, dataset: CachedFeatureDataset, task: Task, way: Way, found: Scores) -> Evaluation:
+    """The scores of a run's weights, with what is known of the run; without anything beside them."""
+    data_set: str = run.origin["dataset"]
+    return Evaluation(
         run=str(run.path),
-        task=entry.name,
-        label=entry.label,
-        data_set=fitting.data_set,
-        split=split,
+        task=task.name,
+        label=task.label,
+        data_set=data_set,
+        split=way.split,
         samples=len(dataset),
         backbone=run.origin["backbone"],
         prompts=run.origin["prompts"],
         source=run.config.source,
-        weights=weights,
+        weights=way.weights,
         step=run.step,
-        headline=headline(entry, fitting.data_set),
-        higher_is_better=entry.higher_is_better,
-        scores=found[weights].overall,
-        other_weights=others,
-        baselines={**baselines, **_trained_scores(run, opened, split, entry)},
-        per_sample=found[weights].samples,
-        protocol=_protocol(dataset, entry, split),
+        headline=headline(task, data_set),
+        higher_is_better=task.higher_is_better,
+        scores=found.overall,
+        other_weights={},
+        baselines={},
+        per_sample=found.samples,
+        align=way.align,
+        flip=way.flip,
+        protocol=in_words(dataset, task, way),
         ending=run.ending,
     )
-    _keep(run, result, f"{entry.name}-" if several else "")
-    return result
+
+
+def _export(run: Run, folder: str | Path, dataset: CachedFeatureDataset, task: Task, way: Way) -> Export:
+    """A folder for the predictions, claimed."""
+    what = {
+        "run": str(run.path.absolute()),
+        "step": run.step,
+        "weights": way.weights,
+        "task": task.name,
+        "label": task.label,
+        "data_set": run.origin["dataset"],
+        "split": way.split,
+        "flip": way.flip,
+    }
+    label = dataset.reader.label_specs[task.label]
+    return Export(Path(folder).expanduser(), dataset, label, what, in_words(dataset, task, way))
 
 
 def _fitting(run: Run, store: Store, dataset: CachedFeatureDataset) -> Fitting:
@@ -107,12 +154,11 @@ def _fitting(run: Run, store: Store, dataset: CachedFeatureDataset) -> Fitting:
     )
 
 
-def _predictors(run: Run, task: Task, weights: str) -> dict[str, Predictor]:
+def _predictors(run: Run, task: Task, weights: str, mirror: Mirror | None) -> dict[str, Predictor]:
     """The run with the weights asked for, and with the averaged and the raw ones."""
-    return {
-        name: model_predictor(model_for_run(run, name).to(device_of(run)), task, run.config.precision)
-        for name in dict.fromkeys((weights, EMA, RAW))
-    }
+    models = {name: model_for_run(run, name) for name in dict.fromkeys((weights, EMA, RAW))}
+    device, precision = device_of(run), run.config.precision
+    return {name: model_predictor(one.to(device), task, precision, mirror) for name, one in models.items()}
 
 
 def train_baselines(run: Run, store: Store, progress: Progress | None = None) -> dict[str, Run]:
@@ -158,32 +204,11 @@ def _pick_split(store: Store, split: str | None) -> str:
     return split
 
 
-def _protocol(dataset: CachedFeatureDataset, task: Task, split: str) -> str:
-    """How the numbers were taken, in words."""
-    label = dataset.reader.label_specs[task.label]
-    failed = len(dataset.reader.failed)
-    left_out = f" ({failed} failed sample(s) left out)" if failed else ""
-    how = {
-        "classes": f"IoU from one confusion matrix over all samples, id {label.ignore} not counted",
-        "mask": "S-measure, maximum F of the mean curve and MAE by pysodmetrics",
-        "depth": f"each sample's errors, then their mean; depths in {label.valid_range} m, no alignment",
-    }[label.kind]
-    if label.crop is not None:
-        top, bottom, left, right = label.crop
-        how += f"; rows {top} to {bottom} and columns {left} to {right} of the original"
-    size = {
-        "squash": "outputs resized to the labels' original size first",
-        "pad": "outputs resized to the labels' original size first, margins taken off",
-        "crop": "the middle square that the network saw, outputs resized to its original size first",
-    }[dataset.store.manifest.fit]
-    return f"{len(dataset)} samples of {split}{left_out}; {size}; {how}"
-
-
-def _keep(run: Run, result: Evaluation, task: str) -> None:
+def _keep(run: Run, result: Evaluation, name: str) -> None:
     """Write the result beside the run; a folder that cannot be written costs only that."""
     try:
-        checkpoint.write_json(
-            run.path / f"evaluation-{task}{result.split}-{result.weights}.json", result.to_json()
-        )
+        checkpoint.write_json(run.path / f"evaluation-{name}.json", result.to_json())
+        for what, table in result.tables().items():
+            checkpoint.write_bytes(run.path / f"evaluation-{name}-{what}.csv", table.encode())
     except StorageError as error:
         logger.warning("the scores were not kept: %s", error)

@@ -1,7 +1,9 @@
-"""The result of an evaluation: a value that prints as a table."""
+"""The result of an evaluation: a value that prints as a table, and becomes JSON and CSV."""
 
+import csv
 import dataclasses
-from collections.abc import Mapping, Sequence
+import io
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +11,8 @@ from mmdiff_cache.tasks import SUBSETS
 
 ORACLE = "oracle"
 """Rule of the prompts that name the objects of the picture."""
+LINE = 80
+"""Characters of a line of classes; more of them go below."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,12 +43,26 @@ class Evaluation:
     per_sample: Mapping[str, Mapping[str, float]]
     """Each sample's own scores, by sample id."""
     protocol: str
+    align: str = "none"
+    """What a predicted depth was given of its truth: none, median or lstsq."""
+    flip: bool = False
+    """Whether the run's outputs are means with those of the mirrored picture."""
+    export: str | None = None
+    """Where the predictions were written, if they were."""
     ending: str = "finished"
     """How far the training came: `finished`, or where and why it went no further."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
         return dataclasses.asdict(self)
+
+    def tables(self) -> dict[str, str]:
+        """CSV by what a row is: `samples`, and `classes` where there are any; empty where nothing counts."""
+        names = sorted({name for scores in self.per_sample.values() for name in scores})
+        rows = [[key, *(scores.get(name) for name in names)] for key, scores in self.per_sample.items()]
+        iou: Mapping[str, float | None] = self.scores.get("iou", {})
+        classes = {"classes": _csv(["class", "iou"], iou.items())} if iou else {}
+        return {"samples": _csv(["sample_id", *names], rows), **classes}
 
     def __str__(self) -> str:
         return "\n".join(_lines(self))
@@ -72,8 +90,28 @@ def _lines(result: Evaluation) -> list[str]:
     ]
     iou = result.scores.get("iou")
     if iou:
-        lines += ["", "IoU by class", *_aligned([list(iou), [_number(value) for value in iou.values()]])]
-    return [*lines, "", result.protocol]
+        lines += ["", "IoU by class", *_wrapped(iou)]
+    written = [] if result.export is None else ["", f"predictions {result.export}"]
+    return [*lines, "", result.protocol, *written]
+
+
+def _wrapped(values: Mapping[str, float | None]) -> list[str]:
+    """Names with their numbers below, in as many pairs of rows as the line's length takes."""
+    names, numbers = list(values), [_number(value) for value in values.values()]
+    for count in range(len(names), 0, -1):
+        rows = [row[n : n + count] for n in range(0, len(names), count) for row in (names, numbers)]
+        lines = _aligned([[*row, *[""] * (count - len(row))] for row in rows])
+        if max(map(len, lines)) <= LINE:
+            return lines
+    return _aligned([[name, number] for name, number in zip(names, numbers, strict=True)])
+
+
+def _csv(header: Sequence[str], rows: Iterable[Iterable[Any]]) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(rows)
+    return text.getvalue()
 
 
 def _columns(result: Evaluation) -> list[str]:

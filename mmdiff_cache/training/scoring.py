@@ -39,16 +39,25 @@ def forward_batch(
 
 @torch.inference_mode()
 def predict_batch(
-    model: Model, task: Task, batch: Batch, sizes: Sequence[tuple[int, int]], precision: str = "float32"
+    model: Model,
+    task: Task,
+    batch: Batch,
+    sizes: Sequence[tuple[int, int]],
+    precision: str = "float32",
+    mirrored: Batch | None = None,
 ) -> list[NDArray[Any]]:
     """Class ids, probabilities or metres for each sample, [H W] at its own size = (H, W).
 
-    Outputs are resized to that size first and turned into predictions there.
+    Outputs are resized to that size first and turned into predictions there. With the same samples `mirrored`
+    they are the mean of both outputs, these mirrored back: of logits, or of metres.
     """
     predictions: dict[int, NDArray[Any]] = {}
     for size in dict.fromkeys(sizes):
         rows = [row for row, wanted in enumerate(sizes) if wanted == size]
         outputs = forward_batch(model, select(batch, rows), size, precision).cpu()
+        if mirrored is not None:
+            twins = forward_batch(model, select(mirrored, rows), size, precision).cpu()
+            outputs = (outputs + twins.flip(-1)) / 2
         predictions.update({row: task.predict(output) for row, output in zip(rows, outputs, strict=True)})
     return [predictions[row] for row in range(len(sizes))]
 
@@ -86,11 +95,14 @@ Name = TypeVar("Name")
 """Whatever a caller tells predictors apart by."""
 
 
-def model_predictor(model: Model, task: Task, precision: str) -> Predictor:
-    """A trained model as a predictor."""
+def model_predictor(
+    model: Model, task: Task, precision: str, mirrored: Callable[[Batch], Batch] | None = None
+) -> Predictor:
+    """A trained model as a predictor; `mirrored` gives a batch's samples mirrored, to average over both."""
 
     def predict(batch: Batch, sizes: Sequence[tuple[int, int]]) -> list[NDArray[Any]]:
-        return predict_batch(model, task, batch, sizes, precision)
+        twins = None if mirrored is None else mirrored(batch)
+        return predict_batch(model, task, batch, sizes, precision, twins)
 
     return predict
 

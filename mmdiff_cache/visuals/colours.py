@@ -62,6 +62,15 @@ def class_colours(count: int) -> UInt8[RGB, "count 3"]:
     return np.array([*_CLASS_COLOURS[:count], *later], dtype=np.uint8).reshape(-1, 3)
 
 
+def voc_palette() -> UInt8[RGB, "256 3"]:
+    """The palette of Pascal VOC's label files: the bits of an id, three at a time, from the highest down."""
+    bits = np.arange(256)[:, None] >> np.arange(8)[None, :] & 1
+    palette = np.zeros((256, 3), np.int64)
+    for bit in range(8):
+        palette[:, bit % 3] |= bits[:, bit] << 7 - bit // 3
+    return palette.astype(np.uint8)
+
+
 def _from_hue(hue: float, value: float) -> tuple[int, int, int]:
     """One saturated colour; hue and value in [0, 1]."""
     phase = np.array([hue, hue + 2 / 3, hue + 1 / 3]) % 1.0 * 6.0

@@ -54,6 +54,8 @@ def test_what_is_scored_is_what_is_predicted(
         TrainConfig(task="depth", stores=(str(store.path),), run=str(tmp_path / "run"), steps=2, holdout=0.0)
     )
     errors: list[float] = []
+    result = evaluate(run, export=tmp_path / "out")
+    exported = list(json.loads((tmp_path / "out" / "predictions.json").read_text())["files"].values())
     files = [pictures / f"{number}.png" for number in (4, 5)]
     for number, prediction in enumerate(predict(run, files), start=4):
         assert prediction.array.shape == prediction.image.shape[:2] == seen
@@ -61,5 +63,11 @@ def test_what_is_scored_is_what_is_predicted(
         left = (SIZE[1] - seen[1]) // 2
         truth = truth[:, left : left + seen[1]]
         known = truth > 0
+        with Image.open(tmp_path / "out" / exported[number - 4]) as picture:
+            written = np.asarray(picture)
+        middle = written[:, left : left + seen[1]]
+        assert written.shape == SIZE
+        assert np.abs(middle - prediction.array * 1000).max() <= 1
+        assert np.delete(written, slice(left, left + seen[1]), axis=1).sum() == 0  # nothing is known of it
         errors.append(float(np.mean(np.abs(prediction.array[known] - truth[known]) / truth[known])))
-    assert evaluate(run).scores["abs_rel"] == pytest.approx(np.mean(errors), rel=1e-4)
+    assert result.scores["abs_rel"] == pytest.approx(np.mean(errors), rel=1e-4)

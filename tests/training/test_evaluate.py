@@ -2,6 +2,7 @@
 numbers.
 """
 
+import csv
 import dataclasses
 import json
 import shutil
@@ -83,6 +84,48 @@ def test_the_table_and_the_file_say_what_was_scored(trained: Callable[[str], Run
     assert set(kept["per_sample"]) == {f"blocks-test-{n:06d}" for n in range(4)}
     mean = np.mean([scores["abs_rel"] for scores in kept["per_sample"].values()])
     assert result.scores["abs_rel"] == pytest.approx(mean)
+
+
+def test_scores_by_sample_and_class_are_also_csv(trained: Callable[[str], Run]) -> None:
+    run = trained("segmentation")
+    result = evaluate(run, weights="raw")
+    with (run.path / "evaluation-test-raw-classes.csv").open() as file:
+        classes = {row["class"]: float(row["iou"]) for row in csv.DictReader(file)}
+    assert classes == result.scores["iou"]
+    with (run.path / "evaluation-test-raw-samples.csv").open() as file:
+        samples = {row["sample_id"]: {"miou": float(row["miou"])} for row in csv.DictReader(file)}
+    assert samples == result.per_sample
+    assert set(evaluate(trained("saliency")).tables()) == {"samples"}
+
+
+def test_many_classes_stay_within_a_terminal(trained: Callable[[str], Run]) -> None:
+    """Twenty-one names of VOC's lengths; each number stands right below the end of its name."""
+    result = evaluate(trained("segmentation"))
+    names = ["background", "aeroplane", "bicycle", *(f"class{n:02d}" for n in range(17)), "tvmonitor"]
+    iou = {name: n / 100 for n, name in enumerate(names)} | {"class03": None}
+    text = str(dataclasses.replace(result, scores={**result.scores, "iou": iou})).splitlines()
+    lines = text[text.index("IoU by class") + 1 : -2]
+    assert max(map(len, lines)) <= 80
+    found: dict[str, str] = {}
+    for above, below in zip(lines[::2], lines[1::2], strict=True):
+        found.update(zip(above.split(), below.split(), strict=True))
+    assert found == {name: "-" if value is None else f"{value:.4f}" for name, value in iou.items()}
+    assert len(lines) == 6
+
+
+def test_aligned_depth_says_so_and_stands_beside_the_metric_one(trained: Callable[[str], Run]) -> None:
+    run = trained("depth")
+    plain, median, lstsq = (evaluate(run, align=how) for how in ("none", "median", "lstsq"))
+    assert lstsq.scores["rmse"] < plain.scores["rmse"]
+    assert median.baselines["position only"] != plain.baselines["position only"]
+    assert "(--align median)" in str(median)
+    assert "no alignment" in str(plain)
+    for name, how in (("", "none"), ("-median", "median"), ("-lstsq", "lstsq")):
+        assert json.loads((run.path / f"evaluation-test-ema{name}.json").read_text())["align"] == how
+    with pytest.raises(ConfigError, match="align 'median' is for depth; segmentation has no scale"):
+        evaluate(trained("segmentation"), align="median")
+    with pytest.raises(ConfigError, match="align must be one of none, median, lstsq, got 'mean'"):
+        evaluate(run, align="mean")
 
 
 def test_scores_do_not_depend_on_the_batch(trained: Callable[[str], Run]) -> None:
