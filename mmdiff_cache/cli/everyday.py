@@ -296,7 +296,8 @@ def evaluate(
     if as_json:
         return print_json(scores.to_json())
     say(str(scores))
-    return next_command("mmdiff-cache", "predict", str(run), "photo.jpg")
+    of_several = [] if task is None else ["--task", task]
+    return next_command("mmdiff-cache", "predict", str(run), "photo.jpg", *of_several)
 
 
 def predict(
