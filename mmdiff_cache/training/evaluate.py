@@ -72,15 +72,7 @@ def evaluate(
     if with_trained_baselines:
         train_baselines(run, opened, progress)
     simple = baselines_for(_fitting(run, opened, dataset))
-    found = score(
-        {**predictors, **simple},
-        dataset,
-        entry,
-        data_set=run.origin["dataset"],
-        original=True,
-        batch_size=filled(run.config.batch_size),
-        progress=progress,
-    )
+    found = _scores(run, {**predictors, **simple}, dataset, entry, progress)
     if files is not None:
         files.finish()
     scores = {name: found[name].overall for name in found}
@@ -95,6 +87,25 @@ def evaluate(
     )
     _keep(run, result, f"{entry.name}-{way.name}" if several else way.name)
     return result
+
+
+def _scores(
+    run: Run,
+    predictors: Mapping[str, Predictor],
+    dataset: CachedFeatureDataset,
+    task: Task,
+    progress: Progress | None = None,
+) -> dict[str, Scores]:
+    """Score predictors at the labels' original size, in the batches of a run."""
+    return score(
+        predictors,
+        dataset,
+        task,
+        data_set=run.origin["dataset"],
+        original=True,
+        batch_size=filled(run.config.batch_size),
+        progress=progress,
+    )
 
 
 def _evaluation(run: Run, dataset: CachedFeatureDataset, task: Task, way: Way, found: Scores) -> Evaluation:
@@ -179,14 +190,8 @@ def _trained_scores(run: Run, store: Store, split: str, task: Task) -> dict[str,
             continue
         other = load_run(folder)
         model = model_for_run(other).to(device_of(other))
-        found: dict[str, Scores] = score(
-            {name: model_predictor(model, task, other.config.precision)},
-            open_dataset(other.config, store, split),
-            task,
-            data_set=run.origin["dataset"],
-            original=True,
-            batch_size=filled(other.config.batch_size),
-        )
+        predictor = model_predictor(model, task, other.config.precision)
+        found = _scores(other, {name: predictor}, open_dataset(other.config, store, split), task)
         results[name] = found[name].overall
     return results
 
