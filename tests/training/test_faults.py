@@ -4,6 +4,7 @@ goes on to the weights of an undisturbed training. What only shows the training 
 
 import errno
 import os
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -137,7 +138,7 @@ def test_what_only_shows_the_training_does_not_stop_it(
     """A file lies where the folder would have to be."""
     run = tmp_path / "run"
     run.mkdir()
-    (run / "config.json").write_text("{}")
+    shutil.copy(whole.path / "config.json", run)
     (run / refused).write_text("in the way")
     assert_same(whole, train(small_config(learnable_store, run, **CHANGES)))
     words = "no picture of step 8" if refused == "pictures" else "no more curves for TensorBoard"
