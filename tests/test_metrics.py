@@ -3,7 +3,8 @@
 import json
 import subprocess
 import sys
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -307,3 +308,49 @@ def test_scores_are_plain_json() -> None:
         own = metric.update(prediction, target)
         assert json.loads(json.dumps(own)) == own
         assert json.loads(json.dumps(metric.scores())) == metric.scores()
+
+
+# --- statistics ---
+
+SEVERAL: dict[str, Callable[[], tuple[Metric, list[tuple[NDArray[Any], NDArray[Any]]]]]] = {
+    "segmentation": lambda: (SegmentationMetric(CLASSES, subsets={"x": ("box",)}), class_maps(4, 4)),
+    "saliency": lambda: (SaliencyMetric(), list(saliency_maps(4))),
+    "depth": lambda: (
+        DepthMetric((0.1, 10.0)),
+        [(np.full((2, 2), 1.0 + n), np.array([[2.0, 3.0], [n, 5.0]])) for n in range(3)]
+        + [(np.ones((2, 2)), np.zeros((2, 2)))],  # nothing to score
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", SEVERAL)
+def test_weights_of_statistics_are_repeated_pictures(kind: str) -> None:
+    """Weight 2 is a picture counted twice, weight 0 one left out, and weights 1 are the scores as ever."""
+    metric, pairs = SEVERAL[kind]()
+    table = np.stack([metric.statistics(*pair) for pair in pairs])
+    for pair in pairs:
+        metric.update(*pair)
+    assert json.dumps(metric.scores()) == json.dumps(_from(SEVERAL[kind]()[0], table))
+    for weights in ((2, 0, 1, 0), (0, 1, 1, 3)):
+        repeated = SEVERAL[kind]()[0]
+        for pair in (pair for pair, weight in zip(pairs, weights, strict=True) for _ in range(weight)):
+            repeated.update(*pair)
+        found = repeated.scores_of((np.array(weights, float) @ table)[None])
+        for name, value in repeated.scores_of(repeated.sums[None]).items():
+            np.testing.assert_allclose(found[name], value, rtol=1e-12)
+
+
+def _from(metric: Metric, table: NDArray[np.float64]) -> dict[str, Any]:
+    for row in table:
+        metric.add(row)
+    return metric.scores()
+
+
+@pytest.mark.parametrize("kind", SEVERAL)
+def test_many_sums_are_scored_at_once(kind: str) -> None:
+    metric, pairs = SEVERAL[kind]()
+    sums = np.cumsum([metric.statistics(*pair) for pair in pairs], axis=0)
+    together = metric.scores_of(sums)
+    for number, one in enumerate(sums):
+        for name, value in metric.scores_of(one[None]).items():
+            np.testing.assert_array_equal(together[name][number], value[0])

@@ -20,9 +20,11 @@ from mmdiff_cache.training.build import Part, Setup, open_dataset, set_up
 from mmdiff_cache.training.checkpoint import EMA, LAST
 from mmdiff_cache.training.folder import open_folder
 from mmdiff_cache.training.loop import run_loop
+from mmdiff_cache.training.protocol import Way
 from mmdiff_cache.training.resolve import pick_device
 from mmdiff_cache.training.run import flushing_denormals, load_run, model_for_run, opened
 from mmdiff_cache.training.scoring import Predictor, Scores, model_predictor, score, seen_through
+from mmdiff_cache.training.statistics import PictureStatistics, picture_statistics, write_statistics
 from mmdiff_cache.training.trainer import Share, Trainer
 
 logger = logging.getLogger(__name__)
@@ -147,6 +149,7 @@ class Scored:
 
     samples: int
     scores: Scores
+    statistics: PictureStatistics
 
 
 def _score(
@@ -155,6 +158,7 @@ def _score(
     """Score the averaged weights on a split, as `evaluate` does, into `found`."""
     own = {folder: open_dataset(part.config, part.store, split) for folder, part in parts.items()}
     whole, first = read_together(list(own.values()), split, 0), next(iter(parts.values()))
+    way = Way(split=split, weights=EMA, align="none", flip=False)
     scores = score(
         {folder: _predictor(folder, part, share_of(own[folder], whole)) for folder, part in parts.items()},
         whole,
@@ -165,7 +169,10 @@ def _score(
         progress=progress,
     )
     for folder, one in scores.items():
-        found[folder][first.task.name] = Scored(samples=len(whole), scores=one)
+        statistics = picture_statistics(
+            one, whole, first.task, way, data_set=first.origin.dataset, step=load_run(folder).step
+        )
+        found[folder][first.task.name] = Scored(samples=len(whole), scores=one, statistics=statistics)
 
 
 def _predictor(folder: Path, part: Part, share: Share) -> Predictor:
@@ -175,7 +182,11 @@ def _predictor(folder: Path, part: Part, share: Share) -> Predictor:
 
 
 def _write(folder: Path, split: str, scored: Mapping[str, Scored]) -> None:
-    """The scores of a run beside its checkpoints; of several tasks by task."""
+    """The scores of a run beside its checkpoints; of several tasks by task. They come last: what has them is
+    not scored again.
+    """
+    for one in scored.values():
+        write_statistics(folder, one.statistics)
     samples = {task: one.samples for task, one in scored.items()}
     scores = {task: dict(one.scores.overall) for task, one in scored.items()}
     only = next(iter(scored)) if len(scored) == 1 else None

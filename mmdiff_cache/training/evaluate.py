@@ -24,6 +24,7 @@ from mmdiff_cache.training.report import Evaluation
 from mmdiff_cache.training.resolve import TRAIN_SPLIT
 from mmdiff_cache.training.run import Run, device_of, load_run, model_for_run, one_task, store_of, train
 from mmdiff_cache.training.scoring import Predictor, Scores, model_predictor, score
+from mmdiff_cache.training.statistics import PictureStatistics, picture_statistics, write_statistics
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +86,10 @@ def evaluate(
         },
         export=None if export is None else str(export),
     )
-    _keep(run, result, f"{entry.name}-{way.name}" if several else way.name)
+    statistics = picture_statistics(
+        found[weights], dataset, entry, way, data_set=run.origin["dataset"], step=run.step
+    )
+    _keep(run, result, statistics, f"{entry.name}-{way.name}" if several else way.name)
     return result
 
 
@@ -209,9 +213,10 @@ def _pick_split(store: Store, split: str | None) -> str:
     return split
 
 
-def _keep(run: Run, result: Evaluation, name: str) -> None:
+def _keep(run: Run, result: Evaluation, statistics: PictureStatistics, name: str) -> None:
     """Write the result beside the run; a folder that cannot be written costs only that."""
     try:
+        write_statistics(run.path, statistics)
         checkpoint.write_json(run.path / f"evaluation-{name}.json", result.to_json())
         for what, table in result.tables().items():
             checkpoint.write_bytes(run.path / f"evaluation-{name}-{what}.csv", table.encode())

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Float64
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -85,6 +85,8 @@ class Scores:
     """The metric's scores over all samples, as JSON."""
     samples: Mapping[str, Mapping[str, float]]
     """Each sample's own scores, by sample id; empty where a label has nothing to score."""
+    statistics: Float64[np.ndarray, "n K"]
+    """What each sample adds, in the same order; `overall` are the scores of the sum."""
 
 
 Predictor = Callable[[Batch, Sequence[tuple[int, int]]], Sequence[NDArray[Any]]]
@@ -138,6 +140,7 @@ def score(
         label = replace(label, crop=None)  # _truths leaves out what lies outside of it
     metrics = {name: task.metric(label, data_set) for name in predictors}
     own: dict[Name, dict[str, Mapping[str, float]]] = {name: {} for name in predictors}
+    rows: dict[Name, list[NDArray[np.float64]]] = {name: [] for name in predictors}
     done = 0
     for batch in make_loader(dataset, batch_size, shuffle=False):
         truths = _truths(dataset, task.label, batch, original)
@@ -146,11 +149,15 @@ def score(
         for name, predictor in predictors.items():
             guesses = predictor(batch, asked)
             for sample_id, guess, size, truth in zip(batch.ids, guesses, sizes, truths, strict=True):
-                own[name][sample_id] = metrics[name].update(from_network(guess, size, fit), truth)
+                rows[name].append(metrics[name].statistics(from_network(guess, size, fit), truth))
+                own[name][sample_id] = metrics[name].add(rows[name][-1])
         done += len(batch.ids)
         if progress is not None:
             progress(done, len(dataset), "evaluating")
-    return {name: Scores(overall=metrics[name].scores(), samples=own[name]) for name in predictors}
+    return {
+        name: Scores(overall=metrics[name].scores(), samples=own[name], statistics=np.stack(rows[name]))
+        for name in predictors
+    }
 
 
 def _truths(dataset: CachedFeatureDataset, label: str, batch: Batch, original: bool) -> list[NDArray[Any]]:

@@ -13,6 +13,7 @@ from mmdiff_cache.errors import ConfigError
 from mmdiff_cache.sweeps import compare, sweep
 from mmdiff_cache.sweeps.plan import SweepPlan, plan_sweep
 from mmdiff_cache.sweeps.run import SweepResult
+from mmdiff_cache.training.evaluate import evaluate
 from tests.sweeps.conftest import contents, quick
 
 
@@ -65,6 +66,14 @@ def test_it_ends_with_a_table_of_means_over_seeds(steady: SweepResult) -> None:
         assert row.test["miou"].mean == float(line["test miou mean"])
     assert (steady.path / "plot.png").read_bytes().startswith(b"\x89PNG")
     assert "± " in (steady.path / "table.md").read_text()
+
+
+def test_it_keeps_the_same_of_every_test_picture_as_evaluate(steady: SweepResult) -> None:
+    for file in steady.path.glob("*/scores-test.json"):
+        kept = file.parent / "statistics-segmentation-test-ema.npz"
+        before = kept.read_bytes()
+        assert evaluate(file.parent).scores == json.loads(file.read_text())["scores"]
+        assert kept.read_bytes() == before
 
 
 def test_the_order_of_the_list_changes_nothing(
