@@ -32,6 +32,9 @@ def table(
         list[str] | None,
         typer.Option(metavar="NAME=RULE", help="Prompts of a data set, such as voc=captions.jsonl."),
     ] = None,
+    row: Annotated[
+        list[str] | None, typer.Option(metavar="TEXT", help="Only rows with this in their name.")
+    ] = None,
     task: Annotated[list[str] | None, typer.Option(help="Only this task; may be repeated.")] = None,
     seeds: Annotated[str | None, typer.Option(metavar="N,N", help="0,1,2 by default.")] = None,
     limit: Annotated[
@@ -71,8 +74,9 @@ def table(
         read_table(recipe, world),
         world,
         out_ or RUNS / f"tables-{world.name}",
-        recipe.stem,
-        tuple(task or ()),
+        recipe.stem.replace("_", "-"),
+        rows=row or (),
+        tasks=task or (),
         download=not dry_run,
     )
     if dry_run:
@@ -92,8 +96,8 @@ def _show(result: "TableResult") -> None:
     for note in result.table.notes:
         say(f"note: {note}")
     say(f"\ntable  {result.path / report.MARKDOWN}\nplot   {result.path / report.PLOT}")
-    for name, reason in result.failed.items():
-        warn(f"{name}: {reason}")
+    for line in result.failed:
+        warn(f"not run: {line}")
 
 
 def _print(title: str, header: list[str], lines: list[list[str]]) -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mmdiff_cache.experiments.table import METRICS, Claim, Table
+from mmdiff_cache.experiments.table import METRICS, Claim, Table, group_reasons
 from mmdiff_cache.sweeps.results import RunResult
 from mmdiff_cache.sweeps.table import Spread, spread
 from mmdiff_cache.tasks import find_task, headline
@@ -55,9 +55,11 @@ class TableResult:
     """Row by row, for each the tasks that it answers."""
 
     @property
-    def failed(self) -> dict[str, str]:
-        """What was not run, by row and task, with the reason."""
-        return {f"{one.row}, {one.task}": one.reason for one in self.outcomes if one.reason is not None}
+    def failed(self) -> list[str]:
+        """What was not run and why, a line a reason."""
+        return group_reasons(
+            {(one.row, one.task): one.reason for one in self.outcomes if one.reason is not None}
+        )
 
     @property
     def claims(self) -> tuple[Claim, ...]:

@@ -73,7 +73,7 @@ def markdown(result: TableResult) -> str:
     if result.table.notes:
         parts.append("## Notes\n\n" + "\n".join(f"- {note}" for note in result.table.notes))
     if result.failed:
-        parts.append("## Not run\n\n" + "\n".join(f"- {name}: {why}" for name, why in result.failed.items()))
+        parts.append("## Not run\n\n" + "\n".join(f"- {line}" for line in result.failed))
     return "\n\n".join(parts) + "\n"
 
 

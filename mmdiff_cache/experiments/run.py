@@ -20,17 +20,18 @@ from mmdiff_cache.errors import (
     StoreError,
 )
 from mmdiff_cache.experiments.outcome import Outcome, TableResult, scores_of
-from mmdiff_cache.experiments.plan import PlannedStore, TablePlan, wanted
+from mmdiff_cache.experiments.plan import PlannedStore, PlannedTraining, TablePlan, refuse
 from mmdiff_cache.experiments.report import write_report
-from mmdiff_cache.experiments.stores import Need, needs_of, store_for
-from mmdiff_cache.experiments.table import Row, Training
+from mmdiff_cache.experiments.stores import Need, in_one_line, store_for
 from mmdiff_cache.extraction.run import extract
 from mmdiff_cache.records import Progress
-from mmdiff_cache.sweeps.plan import PlannedRun, SweepPlan, plan_sweep
+from mmdiff_cache.sweeps.differences import digest
+from mmdiff_cache.sweeps.plan import plan_sweep
 from mmdiff_cache.sweeps.results import RunResult, read_result
 from mmdiff_cache.sweeps.run import sweep
 from mmdiff_cache.training.build import check_identity
 from mmdiff_cache.training.checkpoint import LAST
+from mmdiff_cache.training.resolve import resolve
 from mmdiff_cache.training.run import load_run
 
 logger = logging.getLogger(__name__)
@@ -49,8 +50,7 @@ Bar = Callable[[str], AbstractContextManager[Progress]]
 class Asked:
     """One training of a row, for one seed."""
 
-    row: Row
-    training: Training
+    planned: PlannedTraining
     seed: int
     config: TrainConfig
     """With its stores."""
@@ -60,23 +60,23 @@ def run_table(plan: TablePlan, *, say: Say, bar: Bar, memory: int | None = None)
     """Do all that is planned and not done yet, and write the table into its folder.
 
     A store that cannot be made, or a training that fails, costs its rows alone. `memory` bounds the trainings
-    that go side by side, as in `sweep`. Raises ConfigError for a plan of which nothing can be run,
-    StorageError for a disk that fails under way, ClusterError for a cluster that is lost.
+    that go side by side, as in `sweep`. Raises StorageError for a disk that fails under way, ClusterError for
+    a cluster that is lost.
     """
     stores, refused = _extract_all(plan.stores, say, bar)
-    reasons = {**plan.not_run, **_refused_rows(plan, refused)}
-    asked = [one for one in _asked(plan, stores) if (one.row.name, one.training.tasks[0]) not in reasons]
-    planned = (
-        plan_sweep([one.config for one in asked], plan.trainings, memory_bytes=memory) if asked else None
-    )
-    failed: Mapping[str, str] = {}
-    if planned is not None:
-        say(f"\n{planned}")
+    trainings = [refuse(one, refused) for one in plan.trainings]
+    asked = [one for training in trainings for one in _asked(training, stores, plan.world.seeds)]
+    runs = _Runs([one.config for one in asked], plan.folder, memory)
+    if asked:
+        say(f"\n{runs}")
         with bar("train") as progress:
-            failed = sweep(planned, progress=progress).failed
-    outcomes = _outcomes(plan, asked, _Runs(asked, planned, failed), reasons)
+            runs.train(progress)
     result = TableResult(
-        path=plan.out, world=plan.world.name, table=plan.table, tasks=plan.tasks, outcomes=outcomes
+        path=plan.out,
+        world=plan.world.name,
+        table=plan.table,
+        tasks=plan.tasks,
+        outcomes=tuple(outcome for one in trainings for outcome in _outcomes(one, plan.tasks, asked, runs)),
     )
     write_report(result)
     return result
@@ -94,78 +94,65 @@ def _extract_all(
             with bar("extract") as progress:
                 store = extract(one.extraction, progress)
         except REFUSALS as error:
-            refused[one.need] = str(error).splitlines()[0]
+            refused[one.need] = in_one_line(error)
             continue
         made[one.need] = store.path
-        if store.samples_failed:
-            logger.warning(
-                "%d samples of %s failed; 'mmdiff-cache inspect %s' says why",
-                store.samples_failed,
-                store.path,
-                store.path,
-            )
+        if failed := store.samples_failed:
+            logger.warning("%d samples failed; 'mmdiff-cache inspect %s' says why", failed, store.path)
     return made, refused
 
 
-def _refused_rows(plan: TablePlan, refused: Mapping[Need, str]) -> dict[tuple[str, str], str]:
-    """The rows whose stores could not be made."""
-    return {
-        (row.name, task): why
-        for row, training in plan.rows
-        for need in needs_of(training, plan.world)
-        for whole, why in refused.items()
-        if whole.holds(need)
-        for task in training.tasks
-    }
-
-
-def _asked(plan: TablePlan, stores: Mapping[Need, Path]) -> list[Asked]:
-    """Every training whose stores are there, once a seed."""
-    found: list[Asked] = []
-    for row, training in plan.rows:
-        folders = [store_for(need, stores) for need in needs_of(training, plan.world)]
-        known = [str(folder) for folder in folders if folder is not None]
-        if len(known) < len(folders):
-            continue
-        for seed in plan.world.seeds:
-            config = replace(
-                training.config,
-                stores=tuple(dict.fromkeys(known)) if training.config.disjoint else tuple(known),
-                seed=seed,
-                order_seed=ORDER_SEED,
-            )
-            found.append(Asked(row=row, training=training, seed=seed, config=config))
-    return found
+def _asked(one: PlannedTraining, stores: Mapping[Need, Path], seeds: Sequence[int]) -> list[Asked]:
+    """A training that nothing is missing for, once a seed."""
+    if one.reason is not None:
+        return []
+    folders = tuple(str(store_for(need, stores)) for need in one.needs)
+    if one.training.config.disjoint:
+        folders = folders[:1]
+    return [
+        Asked(
+            planned=one,
+            seed=seed,
+            config=replace(one.training.config, stores=folders, seed=seed, order_seed=ORDER_SEED),
+        )
+        for seed in seeds
+    ]
 
 
 class _Runs:
-    """What the sweep made of each training that it was asked for."""
+    """The sweep over all trainings, and what it made of each."""
 
-    def __init__(self, asked: Sequence[Asked], plan: SweepPlan | None, failed: Mapping[str, str]) -> None:
-        self._failed = failed
-        self._planned = {} if plan is None else {_key(run.asked): run for run in plan.runs}
-        refused = {} if plan is None else plan.refused
-        numbers = {int(name.partition(".")[0]): why for name, why in refused.items()}
-        self._refused = {_key(asked[number - 1].config): why for number, why in numbers.items()}
+    def __init__(self, configs: Sequence[TrainConfig], folder: Path, memory: int | None) -> None:
+        self._plan = plan_sweep(configs, folder, memory_bytes=memory) if configs else None
+        self._failed: Mapping[str, str] = {}
+        refused = {} if self._plan is None else self._plan.refused  # by '3. depth', counted from 1
+        numbers = {int(name.partition(".")[0]): reason for name, reason in refused.items()}
+        self._refused = {_key(configs[number - 1]): reason for number, reason in numbers.items()}
+
+    def __str__(self) -> str:
+        return str(self._plan)
+
+    def train(self, progress: Progress) -> None:
+        """Train and score what is not yet."""
+        if self._plan is not None:
+            self._failed = sweep(self._plan, progress=progress).failed
 
     def result(self, config: TrainConfig) -> RunResult | str:
         """The finished training with its scores, or why there is none."""
-        run = self._planned.get(_key(config))
-        if run is None:
-            return self._refused[_key(config)]
+        if (key := _key(config)) in self._refused:
+            return self._refused[key]
+        assert self._plan is not None
+        code = digest(resolve(config))  # two rows may spell the same training differently
+        run = next(run for run in self._plan.runs if digest(run.config) == code)
         if run.name in self._failed:
             return self._failed[run.name]
         try:
-            _check_same(run)
+            # a finished training is not looked at again, and its store may have become another
+            check_identity(run.setup, load_run(run.folder).origin, run.folder / LAST)
             found = read_result(run.folder)
         except CheckpointError as error:
-            return str(error).splitlines()[0]
+            return in_one_line(error)
         return found if found.finished and found.test else f"{run.folder} has no test scores; run it again"
-
-
-def _check_same(run: PlannedRun) -> None:
-    """Raise CheckpointError for a training on samples that its store no longer has."""
-    check_identity(run.setup, load_run(run.folder).origin, run.folder / LAST)
 
 
 def _key(config: TrainConfig) -> str:
@@ -173,27 +160,22 @@ def _key(config: TrainConfig) -> str:
 
 
 def _outcomes(
-    plan: TablePlan, asked: Sequence[Asked], runs: _Runs, reasons: Mapping[tuple[str, str], str]
-) -> tuple[Outcome, ...]:
-    found: list[Outcome] = []
-    for row in plan.table.rows:
-        for training in wanted(row, plan.tasks):
-            own = [one for one in asked if one.row is row and one.training is training]
-            results = {one.seed: runs.result(one.config) for one in own}
-            why = next((text for text in results.values() if isinstance(text, str)), None)
-            why = reasons.get((row.name, training.tasks[0]), why)
-            done = {seed: one for seed, one in results.items() if isinstance(one, RunResult)}
-            for task, dataset in zip(training.tasks, training.datasets, strict=True):
-                if task in plan.tasks:
-                    found.append(
-                        Outcome(
-                            row=row.name,
-                            task=task,
-                            dataset=dataset,
-                            paper=row.paper.get(task, {}),
-                            runs={seed: one.path for seed, one in done.items()},
-                            scores=scores_of(list(done.values()), task, dataset),
-                            reason=why,
-                        )
-                    )
-    return tuple(found)
+    one: PlannedTraining, tasks: Sequence[str], asked: Sequence[Asked], runs: _Runs
+) -> list[Outcome]:
+    """What came of a training, for each of its tasks that were asked for."""
+    found = {other.seed: runs.result(other.config) for other in asked if other.planned is one}
+    done = {seed: result for seed, result in found.items() if isinstance(result, RunResult)}
+    reasons = [result for result in found.values() if isinstance(result, str)]
+    return [
+        Outcome(
+            row=one.row.name,
+            task=task,
+            dataset=dataset,
+            paper=one.row.paper.get(task, {}),
+            runs={seed: result.path for seed, result in done.items()},
+            scores=scores_of(list(done.values()), task, dataset),
+            reason=one.reason or next(iter(reasons), None),
+        )
+        for task, dataset in zip(one.training.tasks, one.training.datasets, strict=True)
+        if task in tasks
+    ]

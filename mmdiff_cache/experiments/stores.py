@@ -121,6 +121,11 @@ def fewest(needs: Iterable[Need]) -> tuple[Need, ...]:
     return tuple(found)
 
 
+def in_one_line(error: MMDiffError) -> str:
+    """An error in one line, without the lines to type that some announce."""
+    return str(error).splitlines()[0].removesuffix(" One of these helps:").rstrip(".")
+
+
 class Absence:
     """Why something cannot be had here, in the words of `extract`; each asked for once."""
 
@@ -146,7 +151,7 @@ class Absence:
     def _look(self, kind: str, name: str) -> str | None:
         try:
             if kind == "dataset":
-                resolution = describe(self._world.flux).resolution
+                resolution = describe(self._world.backbone).resolution
                 dataset = find_dataset(name).open(self._world.roots.get(name), resolution)
                 for split in find_dataset(name).splits_in(self._world.roots.get(name)):
                     dataset.sample_ids(split)
@@ -155,7 +160,7 @@ class Absence:
             else:
                 encoder_weights.locate(describe_encoder(name), download=self._download)
         except MMDiffError as error:
-            return str(error).splitlines()[0]
+            return in_one_line(error)
         return None
 
 

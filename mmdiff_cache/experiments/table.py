@@ -3,8 +3,8 @@
 Values only. A recipe writes them down before anything runs; `run` carries them out.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from mmdiff_cache.config import TrainConfig
 from mmdiff_cache.errors import ConfigError
@@ -19,6 +19,17 @@ LOWER_IS_BETTER = frozenset(("mae", "abs_rel", "rmse"))
 
 Figures = Mapping[str, Mapping[str, float]]
 """Scores as the paper prints them, by task and metric; mIoU as a share of 1."""
+
+
+def group_reasons(reasons: Mapping[tuple[str, str], str]) -> list[str]:
+    """What was not run and why, by row and task, in as few lines as there are reasons."""
+    rows: dict[str, dict[str, list[str]]] = {}
+    for (row, task), reason in reasons.items():
+        rows.setdefault(reason, {}).setdefault(row, []).append(task)
+    return [
+        "; ".join(f"{row} ({', '.join(tasks)})" for row, tasks in found.items()) + f": {reason}"
+        for reason, found in rows.items()
+    ]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,6 +81,19 @@ class Claim:
     """Where the paper says so; `ours` for a claim that it does not make."""
 
 
+def figures(*values: float) -> Figures:
+    """A line of the paper's tables with all nine metrics, in its order."""
+    given = iter(values)
+    return {task: {metric: next(given) for metric in metrics} for task, metrics in METRICS.items()}
+
+
+def claims(better: str, worse: str, source: str, tasks: Sequence[str] = tuple(METRICS)) -> tuple[Claim, ...]:
+    """That one row is better than another on each task, by its first metric."""
+    return tuple(
+        Claim(better=better, worse=worse, task=task, metric=METRICS[task][0], source=source) for task in tasks
+    )
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Table:
     """A table of the paper, in some world."""
@@ -91,6 +115,21 @@ class Table:
     def tasks(self) -> tuple[str, ...]:
         """All that some row answers, in the order of METRICS."""
         return tuple(task for task in METRICS if any(row.training(task) for row in self.rows))
+
+    def only(self, names: Sequence[str]) -> "Table":
+        """The rows whose name has one of these texts in it, and the claims between them.
+
+        Raises ConfigError for a text that no row has.
+        """
+        for name in names:
+            if not any(name in row.name for row in self.rows):
+                raise ConfigError(
+                    f"no row has {name!r} in its name; there are {', '.join(row.name for row in self.rows)}"
+                )
+        rows = tuple(row for row in self.rows if any(name in row.name for name in names))
+        kept = {row.name for row in rows}
+        about = tuple(claim for claim in self.claims if {claim.better, claim.worse} <= kept)
+        return replace(self, rows=rows, claims=about)
 
 
 def _check_claim(claim: Claim, rows: Mapping[str, Row]) -> None:

@@ -51,8 +51,10 @@ class World:
     name: str
     datasets: Mapping[str, str]
     """By task."""
-    backbones: Mapping[str, str]
-    """By family, the class name of its pipeline."""
+    backbone: str
+    """What features are taken from: the FLUX, unless a row puts another in its place."""
+    sd3: str
+    """The Stable Diffusion 3.5 (Paper: App. G)."""
     encoder: str
     seeds: tuple[int, ...]
     steps: Mapping[str, int] = field(default_factory=dict[str, int])
@@ -68,32 +70,23 @@ class World:
     prompts: Mapping[str, str] = field(default_factory=dict[str, str])
     """Rule of the prompts by data set; empty ones where there is none."""
 
-    @property
-    def flux(self) -> str:
-        """The FLUX that is looked into."""
-        return self.backbones[FLUX]
-
-    @property
-    def sd3(self) -> str:
-        """The Stable Diffusion 3.5."""
-        return self.backbones[SD3]
-
-    def training(self, task: str, *, backbone: str | None = None, **choices: Any) -> Training:
+    def training(self, task: str, **choices: Any) -> Training:
         """A model for one task; `choices` are fields of its configuration."""
-        return self._training((task,), backbone, choices)
+        return self._training((task,), choices)
 
-    def trainings(self, *, backbone: str | None = None, **choices: Any) -> tuple[Training, ...]:
+    def trainings(self, **choices: Any) -> tuple[Training, ...]:
         """The same for every task, a model each."""
-        return tuple(self._training((task,), backbone, choices) for task in self.datasets)
+        return tuple(self._training((task,), choices) for task in self.datasets)
 
-    def together(self, *tasks: str, backbone: str | None = None, **choices: Any) -> Training:
+    def together(self, *tasks: str, **choices: Any) -> Training:
         """One model for several tasks, of which no picture has two labels. Paper: App. C."""
         alone = len({self.datasets[task] for task in tasks}) == 1
-        return self._training(tasks, backbone, {"disjoint": alone, **choices})
+        return self._training(tasks, {"disjoint": alone and len(tasks) > 1, **choices})
 
-    def double_layers(self, backbone: str) -> tuple[str, ...]:
+    @property
+    def double_layers(self) -> tuple[str, ...]:
         """Double-stream blocks at the relative depths of the paper's single-stream blocks {4, 15, 26, 37}."""
-        count = describe(backbone).architecture.double_blocks
+        count = describe(self.backbone).architecture.double_blocks
         return tuple(f"double.{n}" for n in same_depth(PAPER_SINGLE_LAYERS, PAPER_SINGLE_BLOCKS, count))
 
     @property
@@ -101,12 +94,20 @@ class World:
         """What the encoder's features are called in a store."""
         return self.encoder if self.encoder in ENCODERS else describe_encoder(self.encoder).name
 
+    def share(self, tasks: int) -> int | None:
+        """Samples for each of so many tasks that divide one training split; None where each has its own."""
+        if len(set(self.datasets.values())) > 1:
+            return None
+        there = find_dataset(next(iter(self.datasets.values()))).splits.get("train")
+        known = [count for count in (self.limit, there) if count is not None]
+        return max(1, min(known) // tasks) if known else None
+
     def exchanged(self, dataset: str, other: str) -> "World":
         """The same with another data set in the place of one; the same world where it does not have that."""
         found = {task: other if name == dataset else name for task, name in self.datasets.items()}
         return replace(self, datasets=found)
 
-    def _training(self, tasks: Sequence[str], backbone: str | None, choices: Mapping[str, Any]) -> Training:
+    def _training(self, tasks: Sequence[str], choices: Mapping[str, Any]) -> Training:
         steps = [self.steps.get(task) for task in tasks]
         known = [count for count in steps if count is not None]
         values = {
@@ -118,7 +119,7 @@ class World:
         return Training(
             config=TrainConfig.from_json(values).override(self.settings),
             datasets=tuple(self.datasets[task] for task in tasks),
-            backbone=backbone or self.flux,
+            backbone=self.backbone,
         )
 
 
@@ -149,9 +150,10 @@ def make_world(
     steps = dict.fromkeys(METRICS, QUICK_STEPS) if quick else dict(SMALL_STEPS) if small else {}
     TrainConfig(task="").override(settings or {})
     return World(
-        name=_name(chosen, families[FLUX], limit=limit, quick=quick),
+        name=_name(chosen, families, limit=limit, quick=quick),
         datasets=chosen,
-        backbones=families,
+        backbone=families[FLUX],
+        sd3=families[SD3],
         encoder=encoder or PAPER_ENCODER,
         seeds=tuple(seeds) if seeds else QUICK_SEEDS if quick else SEEDS,
         steps=steps,
@@ -179,10 +181,13 @@ def _datasets(asked: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def _name(datasets: Mapping[str, str], backbone: str, *, limit: int | None, quick: bool) -> str:
+def _name(
+    datasets: Mapping[str, str], backbones: Mapping[str, str], *, limit: int | None, quick: bool
+) -> str:
     """What tells this world's results from another's, as a part of a folder's name."""
     paper = datasets == PAPER_DATASETS
     names = ["paper"] if paper else list(dict.fromkeys(datasets.values()))
-    if not paper or backbone != PAPER_BACKBONES[FLUX]:
-        names.append(backbone if backbone in BACKBONES else Path(describe(backbone).source).name)
+    for family, name in backbones.items():
+        if name != PAPER_BACKBONES[family]:
+            names.append(name if name in BACKBONES else Path(describe(name).source).name)
     return "-".join([*names, *([f"limit{limit}"] if limit else []), *(["quick"] if quick else [])])
