@@ -13,7 +13,7 @@ from typing import Any
 import typer
 
 from mmdiff_cache import __version__
-from mmdiff_cache.cli import backbones, caption, everyday, experiments, store_commands
+from mmdiff_cache.cli import backbones, caption, everyday, experiments, paper, store_commands
 from mmdiff_cache.cli.console import clean, err, fail, out
 from mmdiff_cache.errors import MMDiffError, StorageError, StorageRefused
 
@@ -72,7 +72,7 @@ for command in (
 ):
     app.command(rich_help_panel=EVERYDAY)(_interruptible(command))
 
-for command in (experiments.sweep, experiments.compare):
+for command in (experiments.sweep, experiments.compare, paper.table):
     app.command(rich_help_panel="Experiments")(_interruptible(command))
 
 STORE = "Store"

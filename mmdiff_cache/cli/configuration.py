@@ -5,11 +5,15 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from mmdiff_cache.config import Config, TrainConfig
 from mmdiff_cache.datasets.concepts import PRESETS
 from mmdiff_cache.errors import ConfigError
+
+if TYPE_CHECKING:
+    from mmdiff_cache.experiments.table import Table
+    from mmdiff_cache.experiments.world import World
 
 C = TypeVar("C", bound=Config)
 
@@ -56,13 +60,25 @@ def read_sweep(file: Path, assignments: Sequence[str]) -> list[TrainConfig]:
     return [config.override(chosen) for config in configs]
 
 
-def _call(file: Path, verb: str, wanted: str) -> Any:
+def read_table(file: Path, world: "World") -> "Table":
+    """What a recipe's `table(world)` returns. Raises ConfigError for a file that is no such recipe."""
+    from mmdiff_cache.experiments.table import Table
+
+    if not file.is_file() or file.suffix != ".py":
+        raise ConfigError(f"table needs a recipe (.py) with a function table(world), got {file}")
+    table = _call(file, "table", "Table", world)
+    if not isinstance(table, Table):
+        raise ConfigError(f"table() in {file} must return a Table, it returned {type(table).__name__}")
+    return table
+
+
+def _call(file: Path, verb: str, wanted: str, *arguments: Any) -> Any:
     function = getattr(_load(file), verb, None)
     if not callable(function):
         raise ConfigError(
             f"{file} has no function {verb}(); a recipe for '{verb}' returns a {wanted} from it"
         )
-    return function()
+    return function(*arguments)
 
 
 def _from_recipe(kind: type[C], verb: str, file: Path) -> C:
@@ -135,3 +151,20 @@ def parse_vocabularies(options: Sequence[str] | None) -> dict[str, list[str]] | 
             raise ConfigError(f"--concepts gives {name.strip()!r} twice; every vocabulary needs its own name")
         vocabularies[name.strip()] = parse_list(words) or [] if equals else list(PRESETS[name])
     return vocabularies
+
+
+def parse_named(option: str, values: Sequence[str] | None) -> dict[str, str]:
+    """`name=value` options, such as folders by data set, into a mapping."""
+    pairs = [value.partition("=") for value in values or []]
+    for (name, equals, text), value in zip(pairs, values or [], strict=True):
+        if not name or not equals or not text:
+            raise ConfigError(f"{option} needs NAME=VALUE such as voc=~/data/VOC, got {value!r}")
+    return {name: text for name, _, text in pairs}
+
+
+def parse_seeds(text: str | None) -> list[int] | None:
+    """`0,1,2` into whole numbers; None stays None."""
+    seeds = parse_list(text)
+    if seeds is not None and (not seeds or not all(seed.isdecimal() for seed in seeds)):
+        raise ConfigError(f"--seeds needs whole numbers separated by commas such as 0,1,2, got {text!r}")
+    return None if seeds is None else [int(seed) for seed in dict.fromkeys(seeds)]

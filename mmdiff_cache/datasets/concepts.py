@@ -1,4 +1,4 @@
-"""Concept vocabularies by name: the sets that the paper compares, and one with the words of all tasks.
+"""Concept vocabularies by name: the sets that the paper compares, and two of ours.
 
 A vocabulary cannot be cut afterwards, since its words see each other; so a set that is to be compared has to
 be extracted as it is. Paper: App. E, Tab. 11-13.
@@ -15,6 +15,7 @@ VOC_WORDS = (
     "airplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "table", "dog",
     "horse", "motorbike", "person", "plant", "sheep", "sofa", "train", "television",
 )  # fmt: skip
+SCENES_WORDS = ("ball", "cylinder", "capsule", "box", "prism", "cone")
 
 DEFAULT: Mapping[str, tuple[str, ...]] = {
     "segmentation": SEGMENTATION,
@@ -34,5 +35,6 @@ PRESETS: Mapping[str, tuple[str, ...]] = {
     "nyu-surface": ("depth", "surface", "object", "background"),
     "nyu-indoor": ("wall", "floor", "furniture", "object", "depth"),
     "nyu-distance": ("near", "far", "depth", "distance", "surface"),
+    "scenes-structure-classes": (*SEGMENTATION, *SCENES_WORDS),
 }
 """By the name that `--concepts NAME` takes."""

@@ -7,7 +7,10 @@ from mmdiff_cache.config import ExtractConfig
 from mmdiff_cache.datasets.concepts import DEFAULT, PRESETS
 from mmdiff_cache.datasets.registry import DATASETS
 from mmdiff_cache.errors import ConfigError
+from mmdiff_cache.scenes import SHAPES
 from mmdiff_cache.store.schema import check_name
+
+OURS = ("unified", "scenes-structure-classes")
 
 
 def test_every_store_has_the_tasks_vocabularies_and_one_with_all_their_words() -> None:
@@ -23,12 +26,12 @@ def test_presets_can_be_stored() -> None:
 
 
 def test_presets_are_the_papers_sets_word_for_word() -> None:
-    """Paper: Tab. 11-13, each line in the order of its words; the unified set is ours."""
+    """Paper: Tab. 11-13, each line in the order of its words; the unified set and that of scenes are ours."""
     classes = (
         "airplane, bicycle, bird, boat, bottle, bus, car, cat, chair, cow, table, dog, horse, motorbike, "
         "person, plant, sheep, sofa, train, television"
     )
-    assert {name: ", ".join(words) for name, words in PRESETS.items() if name != "unified"} == {
+    assert {name: ", ".join(words) for name, words in PRESETS.items() if name not in OURS} == {
         "segmentation": "object, background, detail, edges",
         "voc-groups": "living, vehicle, furniture, object, background",
         "voc-structure-groups": "object, background, living, vehicle, furniture, detail, edges",
@@ -41,6 +44,10 @@ def test_presets_are_the_papers_sets_word_for_word() -> None:
         "nyu-indoor": "wall, floor, furniture, object, depth",
         "nyu-distance": "near, far, depth, distance, surface",
     }
+
+
+def test_the_classes_of_scenes_take_the_place_of_those_of_voc() -> None:
+    assert PRESETS["scenes-structure-classes"] == (*PRESETS["segmentation"], *SHAPES)
 
 
 def test_a_preset_is_asked_for_by_its_name() -> None:

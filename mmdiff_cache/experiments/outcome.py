@@ -1,0 +1,102 @@
+"""What came of a table: for every row and task the scores over seeds, or why it was not run."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mmdiff_cache.experiments.table import METRICS, Claim, Table, group_reasons
+from mmdiff_cache.sweeps.results import RunResult
+from mmdiff_cache.sweeps.table import Spread, spread
+from mmdiff_cache.tasks import find_task, headline
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outcome:
+    """A row on a task."""
+
+    row: str
+    task: str
+    dataset: str
+    """The data set that it is scored on."""
+    paper: Mapping[str, float]
+    runs: Mapping[int, Path]
+    """Folder of each seed's training."""
+    scores: Mapping[str, Spread]
+    """By metric as in the paper; empty where it was not run."""
+    reason: str | None
+    """Why it was not run, or not by every seed."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {
+            "row": self.row,
+            "task": self.task,
+            "dataset": self.dataset,
+            "paper": dict(self.paper),
+            "runs": {str(seed): str(folder) for seed, folder in self.runs.items()},
+            "scores": {
+                name: {"mean": one.mean, "deviation": one.deviation, "seeds": one.seeds}
+                for name, one in self.scores.items()
+            },
+            "reason": self.reason,
+        }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TableResult:
+    """A table that was carried out."""
+
+    path: Path
+    world: str
+    table: Table
+    tasks: tuple[str, ...]
+    outcomes: tuple[Outcome, ...]
+    """Row by row, for each the tasks that it answers."""
+
+    @property
+    def failed(self) -> list[str]:
+        """What was not run and why, a line a reason."""
+        return group_reasons(
+            {(one.row, one.task): one.reason for one in self.outcomes if one.reason is not None}
+        )
+
+    @property
+    def claims(self) -> tuple[Claim, ...]:
+        """Those about tasks that were asked for."""
+        return tuple(claim for claim in self.table.claims if claim.task in self.tasks)
+
+    def find(self, row: str, task: str) -> Outcome | None:
+        """What came of a row on a task; None where it does not answer it."""
+        return next((one for one in self.outcomes if (one.row, one.task) == (row, task)), None)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {
+            "title": self.table.title,
+            "world": self.world,
+            "notes": list(self.table.notes),
+            "outcomes": [one.to_json() for one in self.outcomes],
+        }
+
+
+def scores_of(results: Sequence[RunResult], task: str, dataset: str) -> dict[str, Spread]:
+    """The paper's metrics over seeds, on the test split. Those of several tasks carry the task's name."""
+    found: dict[str, Spread] = {}
+    for metric in METRICS[task]:
+        name = score_name(metric, task, dataset)
+        values = [
+            value
+            for result in results
+            for value in (result.test.get(f"{task} {name}", result.test.get(name)),)
+            if value is not None
+        ]
+        if values:
+            found[metric] = spread(values)
+    return found
+
+
+def score_name(metric: str, task: str, dataset: str) -> str:
+    """What evaluation calls a metric of the paper: on scenes, mIoU is that of the shapes."""
+    entry = find_task(task)
+    return headline(entry, dataset) if metric == entry.headline else metric

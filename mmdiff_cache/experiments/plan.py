@@ -1,0 +1,243 @@
+"""What a table is going to do: which stores, which trainings, and which rows cannot be run and why."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from mmdiff_cache.backbones.registry import describe
+from mmdiff_cache.errors import ConfigError, MMDiffError
+from mmdiff_cache.experiments.stores import (
+    Absence,
+    Need,
+    extraction,
+    fewest,
+    in_one_line,
+    needs_of,
+    plan_store,
+    published_bytes,
+    samples_of,
+)
+from mmdiff_cache.experiments.table import Row, Table, Training, group_reasons
+from mmdiff_cache.experiments.world import World
+from mmdiff_cache.extraction.cost import operations_a_sample, show_duration, show_operations
+from mmdiff_cache.extraction.plan import ExtractionPlan, show_bytes, with_time
+from mmdiff_cache.extraction.resolve import resolve
+
+GPU_OPERATIONS = 400e12
+"""Operations a second, assumed of one H100-class GPU in bfloat16."""
+NAME_LENGTH = 80
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlannedTraining:
+    """A training of a row, with what it reads."""
+
+    row: Row
+    training: Training
+    needs: tuple[Need, ...]
+    """One for each of its tasks; none where that cannot be said."""
+    reason: str | None
+    """Why it cannot be run."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlannedStore:
+    """A store to make, or to find finished."""
+
+    need: Need
+    extraction: ExtractionPlan
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MissingStore:
+    """A store that cannot be made here, and what it would take."""
+
+    need: Need
+    raw_bytes: int
+    """Of hidden states, by the data set's published size."""
+    operations: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TablePlan:
+    """A table in a world, with what it takes. `str(plan)` is what the command prints."""
+
+    table: Table
+    world: World
+    tasks: tuple[str, ...]
+    out: Path
+    """Folder of the table's own files."""
+    folder: Path
+    """Folder of all trainings of this world, which its tables share."""
+    trainings: tuple[PlannedTraining, ...]
+    """Row by row."""
+    stores: tuple[PlannedStore, ...]
+    missing: tuple[MissingStore, ...]
+
+    @property
+    def runnable(self) -> tuple[PlannedTraining, ...]:
+        """Those that nothing is missing for."""
+        return tuple(one for one in self.trainings if one.reason is None)
+
+    @property
+    def not_run(self) -> list[str]:
+        """What cannot be run and why, a line a reason."""
+        return group_reasons(
+            {
+                (one.row.name, task): one.reason
+                for one in self.trainings
+                if one.reason
+                for task in one.training.tasks
+            }
+        )
+
+    def timed(self) -> "TablePlan":
+        """The same with the time of every extraction, where two blocks must be timed for it."""
+        stores = (replace(one, extraction=with_time(one.extraction)) for one in self.stores)
+        return replace(self, stores=tuple(stores))
+
+    def __str__(self) -> str:
+        return "\n".join(f"{name:<10} {text}" for name, text in _lines(self))
+
+
+def plan_table(
+    table: Table,
+    world: World,
+    out: Path,
+    name: str,
+    *,
+    rows: Sequence[str] = (),
+    tasks: Sequence[str] = (),
+    download: bool = False,
+) -> TablePlan:
+    """Find out what is here, and what has to be extracted and trained.
+
+    `out` is the folder of all tables of a world, `name` that of this one in it. `rows` (parts of their names)
+    and `tasks` are those to run, all by default; such a part of a table has a folder of its own, and shares
+    the trainings. `download` fetches weights from the hub that are not here yet, as `extract` does. Raises
+    ConfigError for a row or task that the table does not have.
+    """
+    for task in tasks:
+        if task not in table.tasks:
+            raise ConfigError(f"task {task!r} is not in this table; it has {', '.join(table.tasks)}")
+    out, table = out.expanduser().absolute(), table.only(rows) if rows else table
+    chosen = tuple(task for task in table.tasks if not tasks or task in tasks)
+    absence = Absence(world, download=download)
+    trainings = [
+        _look(row, training, world, absence)
+        for row in table.rows
+        for training in row.trainings
+        if set(training.tasks) & set(chosen)
+    ]
+    stores, refused = _plan_stores(
+        fewest(need for one in trainings if one.reason is None for need in one.needs), world
+    )
+    lacking = [need for one in trainings for need in one.needs if absence.without_encoders(need)]
+    return TablePlan(
+        table=table,
+        world=world,
+        tasks=chosen,
+        out=out / _part_name(name, [*rows, *tasks]),
+        folder=out / "trainings",
+        trainings=tuple(refuse(one, refused) for one in trainings),
+        stores=stores,
+        missing=tuple(_missing(need, world) for need in fewest(lacking)),
+    )
+
+
+def refuse(planned: PlannedTraining, refused: Mapping[Need, str]) -> PlannedTraining:
+    """A training that one of its stores cannot be made for, with the reason; any other as it is."""
+    reasons = (why for need in planned.needs for whole, why in refused.items() if whole.holds(need))
+    return planned if planned.reason else replace(planned, reason=next(reasons, None))
+
+
+def _look(row: Row, training: Training, world: World, absence: Absence) -> PlannedTraining:
+    needs: tuple[Need, ...] = ()
+    try:
+        needs = needs_of(training, world)
+        reason = next((why for why in map(absence.of, needs) if why is not None), None)
+    except MMDiffError as error:
+        reason = in_one_line(error)
+    return PlannedTraining(row=row, training=training, needs=needs, reason=reason)
+
+
+def _part_name(name: str, chosen: Sequence[str]) -> str:
+    """The folder of a table, or of a part of it."""
+    words = [re.sub(r"[^A-Za-z0-9]+", "-", text).strip("-") for text in chosen]
+    return "-".join([name, *words])[:NAME_LENGTH]
+
+
+def _plan_stores(needs: tuple[Need, ...], world: World) -> tuple[tuple[PlannedStore, ...], dict[Need, str]]:
+    """A place for each store; what cannot be planned, with the reason."""
+    stores: list[PlannedStore] = []
+    refused: dict[Need, str] = {}
+    for need in needs:
+        try:
+            planned = plan_store(need, world, {one.extraction.store for one in stores})
+        except MMDiffError as error:
+            refused[need] = in_one_line(error)
+        else:
+            stores.append(PlannedStore(need=need, extraction=planned))
+    return tuple(stores), refused
+
+
+def _missing(need: Need, world: World) -> MissingStore:
+    config, info = resolve(extraction(need, world)), describe(need.backbone)
+    return MissingStore(
+        need=need,
+        raw_bytes=published_bytes(need, world),
+        operations=operations_a_sample(config, info) * samples_of(config),
+    )
+
+
+def _lines(plan: TablePlan) -> list[tuple[str, str]]:
+    world, runs = plan.world, len(plan.runnable) * len(plan.world.seeds)
+    data = dict.fromkeys(
+        f"{task} on {dataset}"
+        for one in plan.trainings
+        for task, dataset in zip(one.training.tasks, one.training.datasets, strict=True)
+        if task in plan.tasks
+    )
+    backbones = dict.fromkeys(one.training.backbone for one in plan.trainings)
+    return [
+        ("table", plan.table.title),
+        ("world", f"{world.name}: {', '.join(data)}; {', '.join(backbones)}"),
+        ("rows", f"{len(plan.table.rows)}, seeds {' '.join(map(str, world.seeds))}"),
+        *(("store", _store_words(one.extraction)) for one in plan.stores),
+        *(("missing", _missing_words(one)) for one in plan.missing),
+        ("trainings", f"{runs}{_steps(plan)}, in {plan.folder}"),
+        *(("not run", line) for line in plan.not_run),
+        ("results", str(plan.out)),
+    ]
+
+
+def _steps(plan: TablePlan) -> str:
+    steps = [one.training.config.steps for one in plan.runnable]
+    known = [count for count in steps if count is not None]
+    return f", {sum(known) * len(plan.world.seeds):,} steps" if len(known) == len(steps) else ""
+
+
+def _store_words(plan: ExtractionPlan) -> str:
+    maps = f"{len(plan.schema.layers)} layers x {len(plan.schema.timesteps)} t"
+    left = plan.total - plan.done
+    if not left:
+        return f"{plan.store}: {maps}, {plan.total:,} samples, finished"
+    size = show_bytes(plan.stored_bytes * left / plan.total)
+    return (
+        f"{plan.store}: {maps}, {left:,} of {plan.total:,} samples to extract, {size} "
+        f"({show_bytes(plan.free_bytes)} free), {plan.cost}; {_gpu_hours(plan.cost.operations)}"
+    )
+
+
+def _missing_words(one: MissingStore) -> str:
+    need = one.need
+    return (
+        f"{need.dataset} with {need.backbone}: {len(need.layers)} layers x {len(need.timesteps)} t, would "
+        f"take {show_bytes(one.raw_bytes)} before the codec, {_gpu_hours(one.operations)}"
+    )
+
+
+def _gpu_hours(operations: float) -> str:
+    total, speed = show_operations(operations), show_operations(GPU_OPERATIONS)
+    return f"{show_duration(operations / GPU_OPERATIONS)} of one GPU ({total} at {speed}/s)"

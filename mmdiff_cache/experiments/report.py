@@ -1,0 +1,150 @@
+"""A table for a reader: on a screen, as Markdown and CSV, as a picture, and all of it as JSON."""
+
+import csv
+import io
+import textwrap
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from mmdiff_cache.experiments.outcome import Outcome, TableResult
+from mmdiff_cache.experiments.table import LOWER_IS_BETTER, METRICS
+from mmdiff_cache.training import checkpoint
+
+MARKDOWN, CSV, PLOT, RESULTS = "table.md", "table.csv", "plot.png", "results.json"
+NOT_RUN, NO_FIGURE = "not run", "-"
+WIDTH_INCHES, MARGIN_INCHES, LINE_INCHES = 7.0, 0.9, 0.32
+TITLE_LENGTH = 48
+"""Characters of a line of a row's name in the picture."""
+
+
+def header(task: str) -> list[str]:
+    """Titles of `cells`; an arrow says which way is better."""
+    return ["row", "seeds", *(_title(metric) for metric in METRICS[task])]
+
+
+def cells(result: TableResult, task: str) -> list[list[str]]:
+    """The lines of one task: our mean and deviation over seeds, the paper's figure in brackets."""
+    lines: list[list[str]] = []
+    for one in result.outcomes:
+        if one.task == task:
+            seeds = str(len(one.runs)) if one.scores else NOT_RUN
+            lines.append([one.row, seeds, *(_cell(one, metric) for metric in METRICS[task])])
+    return lines
+
+
+def claim_header() -> list[str]:
+    """Titles of `claim_cells`."""
+    return ["claim", "metric", "better row", "worse row", "difference"]
+
+
+def claim_cells(result: TableResult) -> list[list[str]]:
+    """A line a claim: the means of both rows, and what the first gains over the second (+ is better)."""
+    lines: list[list[str]] = []
+    for claim in result.claims:
+        pair = [result.find(row, claim.task) for row in (claim.better, claim.worse)]
+        means = [None if one is None else one.scores.get(claim.metric) for one in pair]
+        sign = -1 if claim.metric in LOWER_IS_BETTER else 1
+        better, worse = means
+        gain = None if better is None or worse is None else sign * (better.mean - worse.mean)
+        lines.append(
+            [
+                f"{claim.better} > {claim.worse} ({claim.source})",
+                f"{claim.task} {_title(claim.metric)}",
+                *(NOT_RUN if one is None else str(one) for one in means),
+                NO_FIGURE if gain is None else f"{gain:+.4f}",
+            ]
+        )
+    return lines
+
+
+def markdown(result: TableResult) -> str:
+    """The whole table, with its notes and what was not run."""
+    parts = [
+        f"# {result.table.title}",
+        f"World: {result.world}. Means over seeds; the paper's figures in brackets.",
+    ]
+    for task in result.tasks:
+        data = dict.fromkeys(one.dataset for one in result.outcomes if one.task == task)
+        parts.append(f"## {task} on {', '.join(data)}\n\n{_markdown(header(task), cells(result, task))}")
+    if result.claims:
+        parts.append(f"## Claims\n\n{_markdown(claim_header(), claim_cells(result))}")
+    if result.table.notes:
+        parts.append("## Notes\n\n" + "\n".join(f"- {note}" for note in result.table.notes))
+    if result.failed:
+        parts.append("## Not run\n\n" + "\n".join(f"- {line}" for line in result.failed))
+    return "\n\n".join(parts) + "\n"
+
+
+def to_csv(result: TableResult) -> str:
+    """A line for every row, task and metric."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["row", "task", "dataset", "metric", "mean", "std", "seeds", "paper", "reason"])
+    for one in result.outcomes:
+        for metric in METRICS[one.task]:
+            score = one.scores.get(metric)
+            ours = ["", "", "0"] if score is None else [score.mean, _or_empty(score.deviation), score.seeds]
+            paper = _or_empty(one.paper.get(metric))
+            writer.writerow([one.row, one.task, one.dataset, metric, *ours, paper, one.reason or ""])
+    return out.getvalue()
+
+
+def write_report(result: TableResult) -> None:
+    """All files of a table. Raises StorageError where the folder refuses."""
+    try:
+        result.path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise checkpoint.refusal(f"the folder {result.path}", error, option="--out") from error
+    checkpoint.write_bytes(result.path / MARKDOWN, markdown(result).encode(), "--out")
+    checkpoint.write_bytes(result.path / CSV, to_csv(result).encode(), "--out")
+    checkpoint.write_json(result.path / RESULTS, result.to_json(), "--out")
+    if any(one.scores for one in result.outcomes):
+        draw(result)
+
+
+def draw(result: TableResult) -> None:
+    """A panel a task: the first metric of every row with its deviation, and the paper's figure as a ring."""
+    panels = {task: [one for one in result.outcomes if one.task == task] for task in result.tasks}
+    heights = [len(lines) * LINE_INCHES + MARGIN_INCHES for lines in panels.values()]
+    figure = Figure(figsize=(WIDTH_INCHES, sum(heights)))
+    FigureCanvasAgg(figure)  # draws without a window, whatever backend is chosen elsewhere
+    axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights, gridspec_kw={"hspace": 0.5})
+    for number, (task, lines) in enumerate(panels.items()):
+        _draw_panel(axes[number, 0], task, lines)
+    figure.savefig(result.path / PLOT, dpi=150, bbox_inches="tight")
+
+
+def _draw_panel(axes: Axes, task: str, lines: list[Outcome]) -> None:
+    metric = METRICS[task][0]
+    for place, one in enumerate(lines):
+        score, paper = one.scores.get(metric), one.paper.get(metric)
+        if score is not None:
+            axes.errorbar(score.mean, place, xerr=score.deviation, fmt="o", color="black", capsize=3)
+        if paper is not None:
+            axes.plot(paper, place, "o", markerfacecolor="none", color="tab:blue")
+    axes.set_yticks(range(len(lines)), [textwrap.fill(one.row, TITLE_LENGTH) for one in lines])
+    axes.set_ylim(len(lines) - 0.5, -0.5)
+    axes.grid(axis="x", alpha=0.3)
+    better = "lower" if metric in LOWER_IS_BETTER else "higher"
+    axes.set_xlabel(f"{task}: {metric} ({better} is better); ring: the paper, on its own data")
+
+
+def _title(metric: str) -> str:
+    return f"{metric} {'↓' if metric in LOWER_IS_BETTER else '↑'}"
+
+
+def _cell(one: Outcome, metric: str) -> str:
+    score, paper = one.scores.get(metric), one.paper.get(metric)
+    ours = NO_FIGURE if score is None else str(score)
+    return ours if paper is None else f"{ours} ({paper:g})"
+
+
+def _or_empty(value: float | None) -> float | str:
+    return "" if value is None else value
+
+
+def _markdown(titles: list[str], lines: list[list[str]]) -> str:
+    rows = [titles, ["---"] * len(titles), *lines]
+    return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in rows)

@@ -1,0 +1,181 @@
+"""Carries out a table: extract what is not there, train and score what is not, write what came of it.
+
+Nothing is done twice: stores and trainings are those of `extract` and `sweep`, which go on where they were.
+"""
+
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from mmdiff_cache.config import TrainConfig
+from mmdiff_cache.errors import (
+    BackboneError,
+    CheckpointError,
+    ConfigError,
+    DataError,
+    StorageRefused,
+    StoreError,
+)
+from mmdiff_cache.experiments.outcome import Outcome, TableResult, scores_of
+from mmdiff_cache.experiments.plan import PlannedStore, PlannedTraining, TablePlan, refuse
+from mmdiff_cache.experiments.report import write_report
+from mmdiff_cache.experiments.stores import Need, in_one_line, store_for
+from mmdiff_cache.extraction.run import extract
+from mmdiff_cache.records import Progress
+from mmdiff_cache.sweeps.differences import digest
+from mmdiff_cache.sweeps.plan import plan_sweep
+from mmdiff_cache.sweeps.results import RunResult, read_result
+from mmdiff_cache.sweeps.run import sweep
+from mmdiff_cache.training.build import check_identity
+from mmdiff_cache.training.checkpoint import LAST
+from mmdiff_cache.training.resolve import resolve
+from mmdiff_cache.training.run import load_run
+
+logger = logging.getLogger(__name__)
+
+REFUSALS = (BackboneError, ConfigError, DataError, StoreError, StorageRefused)
+"""What one store cannot be made for; the rows on other stores go on."""
+ORDER_SEED = 0
+"""Of all trainings, so that they share their readings (docs/sweeps.md)."""
+
+Say = Callable[[str], None]
+Bar = Callable[[str], AbstractContextManager[Progress]]
+"""Opens a progress display for one stage of the work."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Asked:
+    """One training of a row, for one seed."""
+
+    planned: PlannedTraining
+    seed: int
+    config: TrainConfig
+    """With its stores."""
+
+
+def run_table(plan: TablePlan, *, say: Say, bar: Bar, memory: int | None = None) -> TableResult:
+    """Do all that is planned and not done yet, and write the table into its folder.
+
+    A store that cannot be made, or a training that fails, costs its rows alone. `memory` bounds the trainings
+    that go side by side, as in `sweep`. Raises StorageError for a disk that fails under way, ClusterError for
+    a cluster that is lost.
+    """
+    stores, refused = _extract_all(plan.stores, say, bar)
+    trainings = [refuse(one, refused) for one in plan.trainings]
+    asked = [one for training in trainings for one in _asked(training, stores, plan.world.seeds)]
+    runs = _Runs([one.config for one in asked], plan.folder, memory)
+    if asked:
+        say(f"\n{runs}")
+        with bar("train") as progress:
+            runs.train(progress)
+    result = TableResult(
+        path=plan.out,
+        world=plan.world.name,
+        table=plan.table,
+        tasks=plan.tasks,
+        outcomes=tuple(outcome for one in trainings for outcome in _outcomes(one, plan.tasks, asked, runs)),
+    )
+    write_report(result)
+    return result
+
+
+def _extract_all(
+    stores: Sequence[PlannedStore], say: Say, bar: Bar
+) -> tuple[dict[Need, Path], dict[Need, str]]:
+    """The folder of every store that could be made, and why the others could not."""
+    made: dict[Need, Path] = {}
+    refused: dict[Need, str] = {}
+    for one in stores:
+        say(f"\n{one.extraction}")
+        try:
+            with bar("extract") as progress:
+                store = extract(one.extraction, progress)
+        except REFUSALS as error:
+            refused[one.need] = in_one_line(error)
+            continue
+        made[one.need] = store.path
+        if failed := store.samples_failed:
+            logger.warning("%d samples failed; 'mmdiff-cache inspect %s' says why", failed, store.path)
+    return made, refused
+
+
+def _asked(one: PlannedTraining, stores: Mapping[Need, Path], seeds: Sequence[int]) -> list[Asked]:
+    """A training that nothing is missing for, once a seed."""
+    if one.reason is not None:
+        return []
+    folders = tuple(str(store_for(need, stores)) for need in one.needs)
+    if one.training.config.disjoint:
+        folders = folders[:1]
+    return [
+        Asked(
+            planned=one,
+            seed=seed,
+            config=replace(one.training.config, stores=folders, seed=seed, order_seed=ORDER_SEED),
+        )
+        for seed in seeds
+    ]
+
+
+class _Runs:
+    """The sweep over all trainings, and what it made of each."""
+
+    def __init__(self, configs: Sequence[TrainConfig], folder: Path, memory: int | None) -> None:
+        self._plan = plan_sweep(configs, folder, memory_bytes=memory) if configs else None
+        self._failed: Mapping[str, str] = {}
+        refused = {} if self._plan is None else self._plan.refused  # by '3. depth', counted from 1
+        numbers = {int(name.partition(".")[0]): reason for name, reason in refused.items()}
+        self._refused = {_key(configs[number - 1]): reason for number, reason in numbers.items()}
+
+    def __str__(self) -> str:
+        return str(self._plan)
+
+    def train(self, progress: Progress) -> None:
+        """Train and score what is not yet."""
+        if self._plan is not None:
+            self._failed = sweep(self._plan, progress=progress).failed
+
+    def result(self, config: TrainConfig) -> RunResult | str:
+        """The finished training with its scores, or why there is none."""
+        if (key := _key(config)) in self._refused:
+            return self._refused[key]
+        assert self._plan is not None
+        code = digest(resolve(config))  # two rows may spell the same training differently
+        run = next(run for run in self._plan.runs if digest(run.config) == code)
+        if run.name in self._failed:
+            return self._failed[run.name]
+        try:
+            # a finished training is not looked at again, and its store may have become another
+            check_identity(run.setup, load_run(run.folder).origin, run.folder / LAST)
+            found = read_result(run.folder)
+        except CheckpointError as error:
+            return in_one_line(error)
+        return found if found.finished and found.test else f"{run.folder} has no test scores; run it again"
+
+
+def _key(config: TrainConfig) -> str:
+    return json.dumps(config.to_json(), sort_keys=True)
+
+
+def _outcomes(
+    one: PlannedTraining, tasks: Sequence[str], asked: Sequence[Asked], runs: _Runs
+) -> list[Outcome]:
+    """What came of a training, for each of its tasks that were asked for."""
+    found = {other.seed: runs.result(other.config) for other in asked if other.planned is one}
+    done = {seed: result for seed, result in found.items() if isinstance(result, RunResult)}
+    reasons = [result for result in found.values() if isinstance(result, str)]
+    return [
+        Outcome(
+            row=one.row.name,
+            task=task,
+            dataset=dataset,
+            paper=one.row.paper.get(task, {}),
+            runs={seed: result.path for seed, result in done.items()},
+            scores=scores_of(list(done.values()), task, dataset),
+            reason=one.reason or next(iter(reasons), None),
+        )
+        for task, dataset in zip(one.training.tasks, one.training.datasets, strict=True)
+        if task in tasks
+    ]
