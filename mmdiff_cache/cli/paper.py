@@ -95,7 +95,9 @@ def _show(result: "TableResult") -> None:
         _print("claims", report.claim_header(), report.claim_cells(result))
     for note in result.table.notes:
         say(f"note: {note}")
-    say(f"\ntable  {result.path / report.MARKDOWN}\nplot   {result.path / report.PLOT}")
+    say(f"\ntable  {result.path / report.MARKDOWN}")
+    if (result.path / report.PLOT).exists():
+        say(f"plot   {result.path / report.PLOT}")
     for line in result.failed:
         warn(f"not run: {line}")
 

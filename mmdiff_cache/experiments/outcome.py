@@ -1,14 +1,17 @@
 """What came of a table: for every row and task the scores over seeds, or why it was not run."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mmdiff_cache.experiments.table import METRICS, Claim, Table, group_reasons
-from mmdiff_cache.sweeps.results import RunResult
+from mmdiff_cache.sweeps.results import SCORES, numbers
 from mmdiff_cache.sweeps.table import Spread, spread
 from mmdiff_cache.tasks import find_task, headline
+from mmdiff_cache.training.checkpoint import EMA
+from mmdiff_cache.training.run import load_run
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -19,6 +22,8 @@ class Outcome:
     task: str
     dataset: str
     """The data set that it is scored on."""
+    split: str | None
+    """On which it is scored; None where nothing was trained."""
     paper: Mapping[str, float]
     runs: Mapping[int, Path]
     """Folder of each seed's training."""
@@ -33,6 +38,7 @@ class Outcome:
             "row": self.row,
             "task": self.task,
             "dataset": self.dataset,
+            "split": self.split,
             "paper": dict(self.paper),
             "runs": {str(seed): str(folder) for seed, folder in self.runs.items()},
             "scores": {
@@ -80,17 +86,27 @@ class TableResult:
         }
 
 
-def scores_of(results: Sequence[RunResult], task: str, dataset: str) -> dict[str, Spread]:
-    """The paper's metrics over seeds, on the test split. Those of several tasks carry the task's name."""
+def test_scores(folder: Path, task: str, split: str) -> dict[str, float] | None:
+    """What the sweep or `evaluate` found of a task of a run on a split; None where it was not scored."""
+    several = len(load_run(folder).tasks) > 1
+    own = f"{task}-" if several else ""
+    for file in (folder / SCORES, folder / f"evaluation-{own}{split}-{EMA}.json"):
+        try:
+            values = json.loads(file.read_text(encoding="utf-8"))
+            scores = values["scores"]
+            if values["split"] == split:
+                return numbers(scores[task] if several and file.name == SCORES else scores)
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return None
+
+
+def spreads(scores: Sequence[Mapping[str, float]], task: str, dataset: str) -> dict[str, Spread]:
+    """The paper's metrics over seeds."""
     found: dict[str, Spread] = {}
     for metric in METRICS[task]:
         name = score_name(metric, task, dataset)
-        values = [
-            value
-            for result in results
-            for value in (result.test.get(f"{task} {name}", result.test.get(name)),)
-            if value is not None
-        ]
+        values = [one[name] for one in scores if name in one]
         if values:
             found[metric] = spread(values)
     return found

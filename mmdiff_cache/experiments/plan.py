@@ -239,5 +239,4 @@ def _missing_words(one: MissingStore) -> str:
 
 
 def _gpu_hours(operations: float) -> str:
-    total, speed = show_operations(operations), show_operations(GPU_OPERATIONS)
-    return f"{show_duration(operations / GPU_OPERATIONS)} of one GPU ({total} at {speed}/s)"
+    return f"{show_duration(operations / GPU_OPERATIONS)} of one GPU at {show_operations(GPU_OPERATIONS)}/s"

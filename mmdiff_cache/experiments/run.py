@@ -19,18 +19,18 @@ from mmdiff_cache.errors import (
     StorageRefused,
     StoreError,
 )
-from mmdiff_cache.experiments.outcome import Outcome, TableResult, scores_of
+from mmdiff_cache.experiments.outcome import Outcome, TableResult, spreads, test_scores
 from mmdiff_cache.experiments.plan import PlannedStore, PlannedTraining, TablePlan, refuse
 from mmdiff_cache.experiments.report import write_report
 from mmdiff_cache.experiments.stores import Need, in_one_line, store_for
 from mmdiff_cache.extraction.run import extract
 from mmdiff_cache.records import Progress
 from mmdiff_cache.sweeps.differences import digest
-from mmdiff_cache.sweeps.plan import plan_sweep
-from mmdiff_cache.sweeps.results import RunResult, read_result
+from mmdiff_cache.sweeps.plan import PlannedRun, plan_sweep
 from mmdiff_cache.sweeps.run import sweep
-from mmdiff_cache.training.build import check_identity
+from mmdiff_cache.training.build import Part, check_identity
 from mmdiff_cache.training.checkpoint import LAST
+from mmdiff_cache.training.evaluate import SPLITS, evaluate
 from mmdiff_cache.training.resolve import resolve
 from mmdiff_cache.training.run import load_run
 
@@ -134,11 +134,22 @@ class _Runs:
 
     def train(self, progress: Progress) -> None:
         """Train and score what is not yet."""
-        if self._plan is not None:
-            self._failed = sweep(self._plan, progress=progress).failed
+        if self._plan is None:
+            return
+        self._failed = sweep(self._plan, progress=progress).failed
+        for run in self._plan.runs:
+            if run.name not in self._failed and run.test_split is None:
+                self._score_apart(run, progress)
 
-    def result(self, config: TrainConfig) -> RunResult | str:
-        """The finished training with its scores, or why there is none."""
+    def _score_apart(self, run: PlannedRun, progress: Progress) -> None:
+        """Score a run of several tasks whose data sets share no split, as VOC (val) and DUTS (test)."""
+        for part in run.setup.parts:
+            split = split_of(part)
+            if split is not None and test_scores(run.folder, part.task.name, split) is None:
+                evaluate(run.folder, split, task=part.task.name, progress=progress)
+
+    def find(self, config: TrainConfig) -> PlannedRun | str:
+        """The finished training, or why there is none."""
         if (key := _key(config)) in self._refused:
             return self._refused[key]
         assert self._plan is not None
@@ -149,10 +160,14 @@ class _Runs:
         try:
             # a finished training is not looked at again, and its store may have become another
             check_identity(run.setup, load_run(run.folder).origin, run.folder / LAST)
-            found = read_result(run.folder)
         except CheckpointError as error:
             return in_one_line(error)
-        return found if found.finished and found.test else f"{run.folder} has no test scores; run it again"
+        return run
+
+
+def split_of(part: Part) -> str | None:
+    """The split that a task is scored on, as `evaluate` chooses it; None where its store has none."""
+    return next((split for split in SPLITS if split in part.store.splits), None)
 
 
 def _key(config: TrainConfig) -> str:
@@ -163,19 +178,37 @@ def _outcomes(
     one: PlannedTraining, tasks: Sequence[str], asked: Sequence[Asked], runs: _Runs
 ) -> list[Outcome]:
     """What came of a training, for each of its tasks that were asked for."""
-    found = {other.seed: runs.result(other.config) for other in asked if other.planned is one}
-    done = {seed: result for seed, result in found.items() if isinstance(result, RunResult)}
-    reasons = [result for result in found.values() if isinstance(result, str)]
+    found = {other.seed: runs.find(other.config) for other in asked if other.planned is one}
+    done = {seed: run for seed, run in found.items() if isinstance(run, PlannedRun)}
+    reasons = [reason for reason in found.values() if isinstance(reason, str)]
     return [
-        Outcome(
-            row=one.row.name,
-            task=task,
-            dataset=dataset,
-            paper=one.row.paper.get(task, {}),
-            runs={seed: result.path for seed, result in done.items()},
-            scores=scores_of(list(done.values()), task, dataset),
-            reason=one.reason or next(iter(reasons), None),
-        )
-        for task, dataset in zip(one.training.tasks, one.training.datasets, strict=True)
+        _outcome(one, number, done, one.reason or next(iter(reasons), None))
+        for number, task in enumerate(one.training.tasks)
         if task in tasks
     ]
+
+
+def _outcome(
+    one: PlannedTraining, number: int, done: Mapping[int, PlannedRun], reason: str | None
+) -> Outcome:
+    """What came of the task of this number."""
+    task, dataset = one.training.tasks[number], one.training.datasets[number]
+    splits = {seed: split_of(run.setup.parts[number]) for seed, run in done.items()}
+    split = next(iter(splits.values()), None)
+    scores = {
+        seed: found
+        for seed, run in done.items()
+        if split is not None and (found := test_scores(run.folder, task, split)) is not None
+    }
+    if len(scores) < len(done):
+        reason = reason or f"trained, but not scored on {split or 'any split'}; run it again"
+    return Outcome(
+        row=one.row.name,
+        task=task,
+        dataset=dataset,
+        split=split,
+        paper=one.row.paper.get(task, {}),
+        runs={seed: done[seed].folder for seed in scores},
+        scores=spreads(list(scores.values()), task, dataset),
+        reason=reason,
+    )

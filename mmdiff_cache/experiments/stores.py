@@ -224,7 +224,13 @@ def _fitting(least: ExtractConfig, folder: Path) -> ExtractionPlan | None:
         return None
     if QUANTISED in (stored.config.get("codec"), asked["codec"]) or dict(stored.splits) != planned.samples:
         return None
-    differences = compare(stored, replace(stored, schema=planned.schema))
+    hashes = {encoder.name: encoder.weights_sha256 for encoder in stored.schema.discriminative}
+    encoders = tuple(  # a plan reads no weights; `extract` compares them
+        replace(encoder, weights_sha256=hashes.get(encoder.name, ""))
+        for encoder in planned.schema.discriminative
+    )
+    schema = replace(planned.schema, discriminative=encoders)
+    differences = compare(stored, replace(stored, schema=schema))
     if any(difference.part == "contents" for difference in differences):
         return None
     if planned.done == planned.total:
