@@ -1,4 +1,4 @@
-"""Concept vocabularies by name: the sets that the paper compares, and two of ours.
+"""Concept vocabularies by name: the sets that the paper compares, and some of ours.
 
 A vocabulary cannot be cut afterwards, since its words see each other; so a set that is to be compared has to
 be extracted as it is. Paper: App. E, Tab. 11-13.
@@ -16,6 +16,8 @@ VOC_WORDS = (
     "horse", "motorbike", "person", "plant", "sheep", "sofa", "train", "television",
 )  # fmt: skip
 SCENES_WORDS = ("ball", "cylinder", "capsule", "box", "prism", "cone")
+UNTRAINED = ("virtue", "syntax", "tuesday", "rumour", "algebra")
+"""Words that name nothing in a picture, and that no caption of flux-scenes had: its encoder spells them."""
 
 DEFAULT: Mapping[str, tuple[str, ...]] = {
     "segmentation": SEGMENTATION,
@@ -36,5 +38,6 @@ PRESETS: Mapping[str, tuple[str, ...]] = {
     "nyu-indoor": ("wall", "floor", "furniture", "object", "depth"),
     "nyu-distance": ("near", "far", "depth", "distance", "surface"),
     "scenes-structure-classes": (*SEGMENTATION, *SCENES_WORDS),
+    **{f"untrained-{count}": UNTRAINED[:count] for count in (4, 5)},
 }
 """By the name that `--concepts NAME` takes."""

@@ -8,9 +8,10 @@ from mmdiff_cache.datasets.concepts import DEFAULT, PRESETS
 from mmdiff_cache.datasets.registry import DATASETS
 from mmdiff_cache.errors import ConfigError
 from mmdiff_cache.scenes import SHAPES
+from mmdiff_cache.scenes.captions import VOCABULARY
 from mmdiff_cache.store.schema import check_name
 
-OURS = ("unified", "scenes-structure-classes")
+OURS = ("unified", "scenes-structure-classes", "untrained-4", "untrained-5")
 
 
 def test_every_store_has_the_tasks_vocabularies_and_one_with_all_their_words() -> None:
@@ -44,6 +45,11 @@ def test_presets_are_the_papers_sets_word_for_word() -> None:
         "nyu-indoor": "wall, floor, furniture, object, depth",
         "nyu-distance": "near, far, depth, distance, surface",
     }
+
+
+def test_untrained_words_are_in_no_caption_and_as_many_as_those_they_stand_for() -> None:
+    for task in ("segmentation", "saliency", "depth"):
+        assert not set(PRESETS[f"untrained-{len(DEFAULT[task])}"]) & set(VOCABULARY)
 
 
 def test_the_classes_of_scenes_take_the_place_of_those_of_voc() -> None:

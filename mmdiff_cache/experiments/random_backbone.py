@@ -1,0 +1,62 @@
+"""A backbone of the same shape that was never trained: what its features give, its shape gives."""
+
+import logging
+import os
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from mmdiff_cache.backbones.info import BackboneInfo
+from mmdiff_cache.backbones.registry import describe
+from mmdiff_cache.backbones.weights import locate, weight_bytes
+from mmdiff_cache.config import data_folder
+from mmdiff_cache.errors import BackboneError
+
+FLUX = "FluxPipeline"
+LARGEST = 1 << 30
+"""Bytes of a pipeline's weights up to which a copy is made unasked."""
+SEED = 0
+
+logger = logging.getLogger(__name__)
+
+
+def random_backbone(name: str) -> str:
+    """The folder of a pipeline with the same VAE and text encoders, but a transformer of initial weights.
+
+    A small FLUX whose weights are here gets it when first asked for, under data/backbones/, as diffusers
+    initialises it, from a fixed seed. Of others nothing is made: the folder is then no backbone, and what
+    needs it says so.
+    """
+    info = describe(name)
+    folder = data_folder().absolute() / "backbones" / f"{info.name}-random"
+    if not folder.exists() and _can_be_made(info):
+        _make(locate(info), folder)
+    return str(folder)
+
+
+def _can_be_made(info: BackboneInfo) -> bool:
+    if info.architecture.pipeline != FLUX:
+        return False
+    try:
+        return weight_bytes(locate(info)) <= LARGEST
+    except BackboneError:
+        return False
+
+
+def _make(source: Path, folder: Path) -> None:
+    """Write it whole or not at all."""
+    import torch
+    from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
+
+    from mmdiff_cache.flux_scenes.build import load_pipeline, save_pipeline
+
+    logger.info("writing a transformer of initial weights to %s", folder)
+    pipeline = load_pipeline(source)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        transformer = FluxTransformer2DModel.from_config(pipeline.transformer.config)
+    pipeline.register_modules(transformer=transformer)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=folder.parent, prefix=".random-") as aside:
+        partial = Path(aside) / folder.name
+        save_pipeline(pipeline, partial)
+        os.replace(partial, folder)
