@@ -26,9 +26,9 @@ from typing import Any
 
 from mmdiff_cache.config import AggregatorConfig, ConceptMapsConfig
 from mmdiff_cache.datasets.concepts import DEFAULT
-from mmdiff_cache.experiments import Claim, Row, Table, Training, World
+from mmdiff_cache.experiments import Row, Table, Training, World
 from mmdiff_cache.experiments.random_backbone import random_backbone
-from mmdiff_cache.experiments.table import METRICS
+from mmdiff_cache.experiments.table import METRICS, claims
 from mmdiff_cache.loader.inputs import CROSS_ATTENTION, NO_CONCEPTS
 from mmdiff_cache.training.pixels import LEARNING_RATE
 
@@ -84,11 +84,7 @@ def table(world: World) -> Table:
     return Table(
         title="Controls: timesteps, words, backbone",
         rows=tuple(Row(name=name, trainings=trainings, paper={}) for name, trainings in rows.items()),
-        claims=tuple(
-            Claim(better=better, worse=worse, task=task, metric=metrics[0], source=source)
-            for better, worse, source in CLAIMS
-            for task, metrics in METRICS.items()
-        ),
+        claims=tuple(claim for pair in CLAIMS for claim in claims(*pair)),
         notes=(
             f"Best single t: {', '.join(f'{task} {t:g}' for task, t in BEST.items())}, fixed before the run.",
             "Four draws, and one t four times, have exactly the parameters of four timesteps; plain mean, "

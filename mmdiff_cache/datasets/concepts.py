@@ -38,6 +38,7 @@ PRESETS: Mapping[str, tuple[str, ...]] = {
     "nyu-indoor": ("wall", "floor", "furniture", "object", "depth"),
     "nyu-distance": ("near", "far", "depth", "distance", "surface"),
     "scenes-structure-classes": (*SEGMENTATION, *SCENES_WORDS),
+    "scenes-classes": ("sky", "ground", *SCENES_WORDS),
     **{f"untrained-{count}": UNTRAINED[:count] for count in (4, 5)},
 }
 """By the name that `--concepts NAME` takes."""

@@ -5,17 +5,19 @@ and outside of the mask. AP (average precision, the area under precision over re
 the mean over pictures; IoU is that of the one best threshold for all pictures. Pictures in which all or no
 known pixels lie in the mask are left out.
 
-Beside the maps stand those of other pictures (shuffled), the distance from the middle of the picture (a blob,
-or for words such as background its inverse), and the mask itself on the token grid, which bounds them all.
+Beside the maps stand those of other pictures (shuffled), those of other words, the distance from the middle
+of the picture (a blob, or for words such as background its inverse), and the mask itself on the token grid,
+which bounds them all.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float64, Shaped
+from jaxtyping import Float32, Float64, Shaped
 from numpy.typing import NDArray
 
 from mmdiff_cache.config import ConceptMapsConfig, filled
@@ -23,12 +25,14 @@ from mmdiff_cache.errors import ConfigError
 from mmdiff_cache.experiments.concept_masks import AROUND, NamedMask, masks_of, named_mask
 from mmdiff_cache.experiments.statistics import DRAWS, Difference, difference
 from mmdiff_cache.loader.dataset import usable_samples
-from mmdiff_cache.loader.inputs import make_guide, plain_variant
+from mmdiff_cache.loader.inputs import Guide, make_guide, plain_variant
 from mmdiff_cache.loader.order import partners
 from mmdiff_cache.store.reader import SplitReader, Store, open_store
 
-MAPS, SHUFFLED, CENTRE, BOUND = "maps", "shuffled", "centre blob", "mask on the grid"
-CONTROLS = (SHUFFLED, CENTRE)
+MAPS, BOUND = "maps", "mask on the grid"
+SHUFFLED, CENTRE, OTHER = "shuffled", "centre blob", "other words"
+CONTROLS = (SHUFFLED, CENTRE, OTHER)
+"""What maps have to beat; the last where other words are given."""
 AP, IOU = "ap", "iou"
 THRESHOLDS = 256
 """Quantiles of all tokens' values, among which the best threshold is looked for."""
@@ -46,7 +50,7 @@ class WordScore:
     mask: str
     pictures: int
     scores: Mapping[str, Mapping[str, float]]
-    """AP and IoU, by MAPS, SHUFFLED, CENTRE and BOUND."""
+    """AP and IoU, by MAPS, BOUND and CONTROLS."""
     gains: Mapping[str, Difference]
     """By how much the AP of the maps is higher than that of each control, by paired bootstrap."""
 
@@ -58,6 +62,8 @@ class ConceptMapScores:
     store: str
     split: str
     vocabulary: str
+    others: str | None
+    """The vocabulary of the other words."""
     timesteps: tuple[float, ...]
     words: tuple[WordScore, ...]
     mean: WordScore
@@ -77,57 +83,68 @@ def concept_map_scores(
     split: str = "test",
     *,
     timesteps: Sequence[float] | None = None,
-    standing_for: Sequence[str] | None = None,
+    others: str | None = None,
     draws: int = DRAWS,
     seed: int = 0,
 ) -> ConceptMapScores:
     """Score every map of a vocabulary whose word names something that the store's labels show.
 
-    Maps are read as training reads them, over all stored timesteps or those given. `standing_for` names the
-    masks by other words, one for each of the vocabulary's: a control with words that mean nothing. Raises
-    ConfigError for what the store does not hold, or where no word names a mask.
+    Maps are read as training reads them, over all stored timesteps or those given. `others` is a vocabulary
+    of as many words, each in the place of the one of its number: words that mean something else, or nothing.
+    Raises ConfigError for what the store does not hold, or where no word names a mask.
     """
     opened = store if isinstance(store, Store) else open_store(store)
     reader = opened[split]
     chosen = tuple(timesteps or reader.timesteps)
-    guide = make_guide(opened.manifest.schema, vocabulary, ConceptMapsConfig(), chosen, reader.path)
-    words = tuple(standing_for or guide.channels)
-    if len(words) != len(guide.channels):
-        raise ConfigError(
-            f"standing_for needs a word for each of {', '.join(guide.channels)}, got {', '.join(words)}"
-        )
-    named = {number: mask for number, word in enumerate(words) if (mask := _mask(word, reader))}
-    if not named:
-        raise ConfigError(
-            f"no word of {vocabulary!r} ({', '.join(words)}) names a mask in the labels of {reader.path}: "
-            f"{', '.join(reader.label_specs) or 'none'}"
-        )
-    labels = tuple(dict.fromkeys(mask.label for mask in named.values()))
-    samples = usable_samples(reader, range(len(reader)), labels)
-
-    def read(some: Sequence[int]) -> NDArray[np.float32]:
-        timed = filled(guide.how.timesteps)
-        return guide.maps(reader.concept_scores(vocabulary, some, timed, plain_variant(reader)))
-
-    maps = _in_parts(read, samples)
-    found = [_statistics(mask, maps[:, number], reader, samples) for number, mask in named.items()]
-    scored = [
-        _word_score(mask.word, str(mask), [one], draws, seed)
-        for mask, one in zip(named.values(), found, strict=True)
+    guides = [
+        make_guide(opened.manifest.schema, name, ConceptMapsConfig(), chosen, reader.path)
+        for name in (vocabulary, others)
+        if name is not None
+    ]
+    words = guides[0].channels
+    named = {n: mask for n, word in enumerate(words) if (mask := named_mask(word, reader.label_specs))}
+    _check(guides, named, reader)
+    samples = usable_samples(reader, range(len(reader)), list({mask.label for mask in named.values()}))
+    maps = {
+        source: _in_parts(partial(_read, guide, reader), samples)
+        for source, guide in zip((MAPS, OTHER), guides, strict=False)
+    }
+    found = [
+        _statistics(mask, {source: values[:, number] for source, values in maps.items()}, reader, samples)
+        for number, mask in named.items()
     ]
     return ConceptMapScores(
         store=str(opened.path),
         split=split,
         vocabulary=vocabulary,
+        others=others,
         timesteps=chosen,
-        words=tuple(scored),
+        words=tuple(
+            _word_score(mask.word, str(mask), [one], draws, seed)
+            for mask, one in zip(named.values(), found, strict=True)
+        ),
         mean=_word_score(MEAN, f"{len(found)} words", found, draws, seed),
         without_mask=tuple(word for number, word in enumerate(words) if number not in named),
     )
 
 
-def _mask(word: str, reader: SplitReader) -> NamedMask | None:
-    return named_mask(word, reader.label_specs)
+def _check(guides: Sequence[Guide], named: Mapping[int, NamedMask], reader: SplitReader) -> None:
+    words, *others = (guide.channels for guide in guides)
+    if others and len(others[0]) != len(words):
+        raise ConfigError(
+            f"other words are needed for each of {', '.join(words)}, got {', '.join(others[0])}; "
+            "give a vocabulary of as many"
+        )
+    if not named:
+        raise ConfigError(
+            f"no word of {guides[0].name!r} ({', '.join(words)}) names a mask in the labels of "
+            f"{reader.path}: {', '.join(reader.label_specs) or 'none'}"
+        )
+
+
+def _read(guide: Guide, reader: SplitReader, samples: Sequence[int]) -> Float32[np.ndarray, "B K h w"]:
+    timesteps = filled(guide.how.timesteps)
+    return guide.maps(reader.concept_scores(guide.name, samples, timesteps, plain_variant(reader)))
 
 
 def _in_parts(read: Callable[[Sequence[int]], NDArray[Any]], samples: Sequence[int]) -> NDArray[Any]:
@@ -137,21 +154,28 @@ def _in_parts(read: Callable[[Sequence[int]], NDArray[Any]], samples: Sequence[i
 
 
 def _statistics(
-    mask: NamedMask, maps: Shaped[np.ndarray, "n h w"], reader: SplitReader, samples: Sequence[int]
+    mask: NamedMask,
+    maps: Mapping[str, Shaped[np.ndarray, "n h w"]],
+    reader: SplitReader,
+    samples: Sequence[int],
 ) -> dict[str, Float64[np.ndarray, "n K"]]:
     """What every picture adds, for the maps and for all that stands beside them."""
-    grid = (maps.shape[1], maps.shape[2])
+    count, *grid = maps[MAPS].shape
 
     def counted(some: Sequence[int]) -> NDArray[np.int64]:
         pair = masks_of(mask, reader.labels(mask.label, some), reader.label_specs[mask.label])
-        return np.stack([_pixels_a_token(part, grid) for part in pair], axis=1)
+        return np.stack([_pixels_a_token(part, (grid[0], grid[1])) for part in pair], axis=1)
 
     inside, outside = np.moveaxis(_in_parts(counted, samples), 1, 0)
-    values = maps.reshape(len(maps), -1)
-    blob = np.broadcast_to(_blob(*grid) * (-1 if mask.word in AROUND else 1), values.shape)
-    shares = inside / np.maximum(inside + outside, 1)
-    beside = {MAPS: values, SHUFFLED: values[partners(len(values))], CENTRE: blob, BOUND: shares}
-    return {name: map_statistics(one, inside, outside) for name, one in beside.items()}
+    flat = {source: values.reshape(count, -1) for source, values in maps.items()}
+    blob = _blob(grid[0], grid[1]) * (-1 if mask.word in AROUND else 1)
+    beside = {
+        **flat,
+        SHUFFLED: flat[MAPS][partners(count)],
+        CENTRE: np.broadcast_to(blob, inside.shape),
+        BOUND: inside / np.maximum(inside + outside, 1),
+    }
+    return {source: map_statistics(values, inside, outside) for source, values in beside.items()}
 
 
 def _pixels_a_token(mask: Shaped[np.ndarray, "B H W"], grid: tuple[int, int]) -> NDArray[np.int64]:
@@ -230,6 +254,7 @@ def _word_score(
         gains={
             control: difference(precise[MAPS], precise[control], _mean_precision, draws=draws, seed=seed)
             for control in CONTROLS
+            if control in precise
         },
     )
 
@@ -242,21 +267,25 @@ def _mean_precision(sums: Float64[np.ndarray, "D K"]) -> Float64[np.ndarray, " D
 
 def _lines(found: ConceptMapScores) -> list[str]:
     """A Markdown table, a line a word."""
-    sources = (MAPS, *CONTROLS, BOUND)
+    controls = tuple(found.mean.gains)
+    sources = (MAPS, *controls, BOUND)
     heads = ["word", "mask", "pictures", *(f"{one} AP / IoU" for one in sources)]
-    heads += [f"gain over {control} (AP)" for control in CONTROLS]
+    heads += [f"gain over {control} (AP)" for control in controls]
     rows = [
         [
             one.word,
             one.mask,
             str(one.pictures),
             *(f"{one.scores[name][AP]:.3f} / {one.scores[name][IOU]:.3f}" for name in sources),
-            *(str(one.gains[control]) for control in CONTROLS),
+            *(str(one.gains[control]) for control in controls),
         ]
         for one in (*found.words, found.mean)
     ]
     lines = [heads, ["---"] * len(heads), *rows]
-    left = f"; without a mask: {', '.join(found.without_mask)}" if found.without_mask else ""
     times = ", ".join(f"{t:g}" for t in found.timesteps)
-    title = f"{found.vocabulary} on {found.split} of {found.store}, t = {times}{left}"
+    title = f"{found.vocabulary} on {found.split} of {found.store}, t = {times}"
+    if found.others is not None:
+        title += f"; other words: {found.others}"
+    if found.without_mask:
+        title += f"; without a mask: {', '.join(found.without_mask)}"
     return [title, "", *(f"| {' | '.join(row)} |" for row in lines)]

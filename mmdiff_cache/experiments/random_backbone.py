@@ -48,15 +48,18 @@ def _make(source: Path, folder: Path) -> None:
     from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
 
     from mmdiff_cache.flux_scenes.build import load_pipeline, save_pipeline
+    from mmdiff_cache.pretrained import quiet_loading
 
     logger.info("writing a transformer of initial weights to %s", folder)
-    pipeline = load_pipeline(source)
-    with torch.random.fork_rng(devices=[]):
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        quiet_loading(),
+        torch.random.fork_rng(devices=[]),
+        TemporaryDirectory(dir=folder.parent, prefix=".random-") as aside,
+    ):
+        pipeline = load_pipeline(source)
         torch.manual_seed(SEED)
         transformer = FluxTransformer2DModel.from_config(pipeline.transformer.config)
-    pipeline.register_modules(transformer=transformer)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=folder.parent, prefix=".random-") as aside:
-        partial = Path(aside) / folder.name
-        save_pipeline(pipeline, partial)
-        os.replace(partial, folder)
+        pipeline.register_modules(transformer=transformer)
+        save_pipeline(pipeline, Path(aside) / folder.name)
+        os.replace(Path(aside) / folder.name, folder)

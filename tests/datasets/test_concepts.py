@@ -7,11 +7,11 @@ from mmdiff_cache.config import ExtractConfig
 from mmdiff_cache.datasets.concepts import DEFAULT, PRESETS
 from mmdiff_cache.datasets.registry import DATASETS
 from mmdiff_cache.errors import ConfigError
-from mmdiff_cache.scenes import SHAPES
+from mmdiff_cache.scenes import CLASS_NAMES, SHAPES
 from mmdiff_cache.scenes.captions import VOCABULARY
 from mmdiff_cache.store.schema import check_name
 
-OURS = ("unified", "scenes-structure-classes", "untrained-4", "untrained-5")
+OURS = ("unified", "scenes-structure-classes", "scenes-classes", "untrained-4", "untrained-5")
 
 
 def test_every_store_has_the_tasks_vocabularies_and_one_with_all_their_words() -> None:
@@ -54,6 +54,7 @@ def test_untrained_words_are_in_no_caption_and_as_many_as_those_they_stand_for()
 
 def test_the_classes_of_scenes_take_the_place_of_those_of_voc() -> None:
     assert PRESETS["scenes-structure-classes"] == (*PRESETS["segmentation"], *SHAPES)
+    assert PRESETS["scenes-classes"] == CLASS_NAMES
 
 
 def test_a_preset_is_asked_for_by_its_name() -> None:

@@ -15,6 +15,7 @@ from mmdiff_cache.experiments.concept_maps import (
     CENTRE,
     IOU,
     MAPS,
+    OTHER,
     SHUFFLED,
     average_precision,
     concept_map_scores,
@@ -25,9 +26,24 @@ from mmdiff_cache.experiments.concept_masks import NamedMask, masks_of, named_ma
 from mmdiff_cache.experiments.statistics import verdict
 from mmdiff_cache.records import LabelSpec
 from mmdiff_cache.store.reader import open_store
+from mmdiff_cache.store.schema import Vocabulary
 from mmdiff_cache.store.writer import open_writer
-from tests.learnable import LABELS, class_grid, make_features, make_manifest, make_sample, make_schema
+from tests.learnable import (
+    BLOCKS,
+    LABELS,
+    VOCABULARIES,
+    class_grid,
+    make_features,
+    make_manifest,
+    make_sample,
+    make_schema,
+)
 
+MORE = {
+    "structure": ("object", "background"),
+    "unified": ("object", "near", "detail"),
+    "nothing": ("detail", "surface"),
+}
 SPECS = {spec.name: spec for spec in LABELS}
 
 
@@ -129,15 +145,20 @@ def test_words_take_the_first_label_set_that_shows_them() -> None:
 def telling_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Twelve test pictures whose scores of `object` and `background` say which tokens hold an object."""
     path = tmp_path_factory.mktemp("stores") / "telling"
-    schema = make_schema()
+    words = {**VOCABULARIES, **MORE}
+    vocabularies = [
+        Vocabulary(name=n, concepts=w, blocks=BLOCKS, map_blocks=BLOCKS[:1]) for n, w in words.items()
+    ]
+    schema = make_schema(vocabularies=tuple(vocabularies))
     with open_writer(path, make_manifest(schema, {"test": 12}, "blocks", "empty")) as writer:
         for partition in writer.pending("test"):
             with writer.begin(partition) as out:
                 for offset, sample_id in enumerate(out.ids):
                     features, objects = make_features(schema, [sample_id]), class_grid(sample_id) > 1
-                    scores = features.concept_scores["segmentation"]
-                    scores[..., 0, :, :] = 4 * objects
-                    scores[..., 1, :, :] = 4 * ~objects
+                    for name in ("segmentation", "structure"):
+                        scores = features.concept_scores[name]
+                        scores[..., 0, :, :] = 4 * objects
+                        scores[..., 1, :, :] = 4 * ~objects
                     out.write(offset, [make_sample(sample_id)], features)
                 out.commit()
     return path
@@ -166,18 +187,25 @@ def test_maps_of_noise_are_found_to_be_noise(telling_store: Path) -> None:
     assert found.timesteps == (0.26,)
 
 
-def test_words_may_stand_for_others(telling_store: Path) -> None:
-    """The maps of near and far, which are noise here, against the masks of other words."""
-    found = concept_map_scores(telling_store, "depth", standing_for=("object", "detail"), draws=100)
-    assert [one.word for one in found.words] == ["object"]
+def test_other_words_stand_beside_in_the_same_places(telling_store: Path) -> None:
+    """Those of the saliency vocabulary here are noise."""
+    found = concept_map_scores(telling_store, "structure", others="saliency", draws=300)
+    alone = concept_map_scores(telling_store, "structure", draws=300)
+    for one, other in zip(found.words, alone.words, strict=True):
+        assert one.scores[OTHER][AP] < 0.8
+        assert {name: one.scores[name] for name in other.scores} == other.scores
+        assert verdict([one.gains[OTHER]]) == "confirmed"
+    assert "other words AP / IoU" in str(found)
+    with pytest.raises(ConfigError, match="for each of object, background, edges, got salient, contour"):
+        concept_map_scores(telling_store, "segmentation", others="saliency")
+
+
+def test_words_without_a_mask_are_left_out(telling_store: Path) -> None:
+    found = concept_map_scores(telling_store, "unified", draws=50)
     assert found.without_mask == ("detail",)
-    real = concept_map_scores(telling_store, "segmentation", draws=100).words[0]
-    assert (found.words[0].mask, found.words[0].scores[BOUND]) == (real.mask, real.scores[BOUND])
-    assert found.words[0].scores[MAPS][AP] < 0.8
-    with pytest.raises(ConfigError, match="a word for each of near, far, got object"):
-        concept_map_scores(telling_store, "depth", standing_for=("object",))
-    with pytest.raises(ConfigError, match=r"no word of 'depth' \(detail, surface\) names a mask"):
-        concept_map_scores(telling_store, "depth", standing_for=("detail", "surface"))
+    assert "without a mask: detail" in str(found)
+    with pytest.raises(ConfigError, match=r"no word of 'nothing' \(detail, surface\) names a mask"):
+        concept_map_scores(telling_store, "nothing")
 
 
 def test_the_result_is_a_table_and_json_and_repeats(telling_store: Path) -> None:

@@ -1,0 +1,103 @@
+"""The table of controls: rows differ in what they test alone, and its smallest run ends with verdicts."""
+
+import dataclasses
+from contextlib import AbstractContextManager, nullcontext
+from itertools import product
+from pathlib import Path
+
+import pytest
+
+from mmdiff_cache.config import TrainConfig
+from mmdiff_cache.experiments import World
+from mmdiff_cache.experiments.outcome import TableResult, score_name
+from mmdiff_cache.experiments.plan import plan_table
+from mmdiff_cache.experiments.run import run_table
+from mmdiff_cache.experiments.statistics import paired_difference, verdict
+from mmdiff_cache.experiments.world import make_world
+from mmdiff_cache.records import Progress
+from mmdiff_cache.sweeps.results import read_result
+from pipelines import table_controls as recipe
+
+DIFFERS = {
+    (recipe.WITHOUT, recipe.SINGLE): {"timesteps"},
+    (recipe.WITHOUT, recipe.DRAWS): {"timesteps", "variants", "variant_use"},
+    (recipe.WITHOUT, recipe.REPEATED): {"timesteps"},
+    (recipe.WITHOUT, recipe.MEAN): {"aggregator"},
+    (recipe.WITHOUT, recipe.CONCAT): {"aggregator"},
+    (recipe.WITH, recipe.WITHOUT): {"concepts"},
+    (recipe.WITH, recipe.SHUFFLED): {"concept_maps"},
+    (recipe.WITH, recipe.UNTRAINED): {"concepts"},
+    (recipe.WITH, recipe.CROSS): {"concepts"},
+    (recipe.WITHOUT, recipe.RANDOM): set(),
+    (recipe.WITHOUT, recipe.LATENT): {"source"},
+    (recipe.WITHOUT, recipe.PIXELS): {"source", "learning_rate"},
+}
+
+
+@pytest.fixture(autouse=True)
+def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MMDIFF_DATA", str(tmp_path / "data"))
+
+
+def small(folder: Path) -> World:
+    return make_world(datasets=("scenes",), backbones=(str(folder),), quick=True, limit=4, seeds=(0, 1))
+
+
+def test_each_claim_compares_rows_that_differ_in_what_it_is_about(tiny_flux_folder: Path) -> None:
+    found = recipe.table(small(tiny_flux_folder))
+    rows = {row.name: row for row in found.rows}
+    assert {(claim.better, claim.worse) for claim in found.claims} == set(DIFFERS)
+    for (better, worse), task in product(DIFFERS, found.tasks):
+        pair = [rows[name].training(task) for name in (better, worse)]
+        one, other = (training for training in pair if training is not None)
+        differs = {
+            field.name
+            for field in dataclasses.fields(TrainConfig)
+            if getattr(one.config, field.name) != getattr(other.config, field.name)
+        }
+        assert differs == DIFFERS[better, worse]
+        assert (one.backbone != other.backbone) == (worse == recipe.RANDOM)
+
+
+def test_only_the_row_of_draws_reads_several(tiny_flux_folder: Path) -> None:
+    for row in recipe.table(small(tiny_flux_folder)).rows:
+        for training in row.trainings:
+            draws = (0, 1, 2, 3) if row.name == recipe.DRAWS else (0,)
+            assert training.config.variants == draws
+
+
+def test_at_full_size_it_can_be_planned(tmp_path: Path) -> None:
+    world = make_world()
+    plan = plan_table(recipe.table(world), world, tmp_path, "controls")
+    assert "flux-dev" in str(plan)
+    assert len(plan.table.rows) == 13
+
+
+def quiet(_: str) -> AbstractContextManager[Progress]:
+    return nullcontext(lambda done, total, state: None)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_its_smallest_run_gives_every_claim_a_verdict(tiny_flux_folder: Path, tmp_path: Path) -> None:
+    world = small(tiny_flux_folder)
+    plan = plan_table(recipe.table(world), world, tmp_path / "out", "controls", tasks=("depth",))
+    result = run_table(plan, say=lambda _: None, bar=quiet)
+    assert not result.failed
+    parameters = {
+        row: read_result(outcome_runs(result, row)[0]).parameters
+        for row in (recipe.WITHOUT, recipe.DRAWS, recipe.REPEATED)
+    }
+    assert len(set(parameters.values())) == 1
+    for claim in result.claims:
+        name = score_name(claim.metric, claim.task, "scenes")
+        folders = [outcome_runs(result, row) for row in (claim.better, claim.worse)]
+        found = [paired_difference(*pair, claim.task, name, draws=50) for pair in zip(*folders, strict=True)]
+        assert len(found) == 2
+        assert verdict(found) in ("confirmed", "refuted", "open")
+
+
+def outcome_runs(result: TableResult, row: str) -> list[Path]:
+    outcome = result.find(row, "depth")
+    assert outcome is not None
+    return list(outcome.runs.values())
