@@ -21,9 +21,11 @@ scores of earlier trainings on flux-scenes (docs/experiments.md), not on the tes
 themselves lie on what their words name, without training: pipelines/concept_maps.py.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from mmdiff_cache.backbones.registry import describe
 from mmdiff_cache.config import AggregatorConfig, ConceptMapsConfig
 from mmdiff_cache.datasets.concepts import DEFAULT
 from mmdiff_cache.experiments import Row, Table, Training, World
@@ -60,16 +62,21 @@ CLAIMS = (
 
 
 def table(world: World) -> Table:
-    """Thirteen rows, of which the paper has no figures. All but one read the first noise draw alone."""
-    one = {"variants": (0,)}
+    """Thirteen rows, of which the paper has no figures.
+
+    Layers, timesteps and draws are all named: what a row leaves open is all that a store has, and this
+    one also holds what other rows ask for.
+    """
+    info = describe(world.backbone)
+    one = {"layers": info.layers, "timesteps": info.timesteps, "variants": (0,)}
     plain = {**one, "concepts": NO_CONCEPTS}
     random = replace(world, backbone=random_backbone(world.backbone))
     rows = {
         WITH: world.trainings(**one),
         WITHOUT: world.trainings(**plain),
-        SINGLE: at_best(world, 1, variants=(0,)),
-        DRAWS: at_best(world, 1, variants=tuple(range(COUNT)), variant_use="stack"),
-        REPEATED: at_best(world, COUNT, variants=(0,)),
+        SINGLE: at_best(world, 1, plain),
+        DRAWS: at_best(world, 1, {**plain, "variants": tuple(range(COUNT)), "variant_use": "stack"}),
+        REPEATED: at_best(world, COUNT, plain),
         MEAN: world.trainings(**plain, aggregator=AggregatorConfig(kind="mean")),
         CONCAT: world.trainings(**plain, aggregator=AggregatorConfig(kind="concat")),
         SHUFFLED: world.trainings(**one, concept_maps=ConceptMapsConfig(shuffled=True)),
@@ -94,9 +101,6 @@ def table(world: World) -> Table:
     )
 
 
-def at_best(world: World, times: int, **choices: Any) -> tuple[Training, ...]:
-    """Trainings on the best single t of each task, given this often, without concept maps."""
-    return tuple(
-        world.training(task, timesteps=(t,) * times, concepts=NO_CONCEPTS, **choices)
-        for task, t in BEST.items()
-    )
+def at_best(world: World, times: int, choices: Mapping[str, Any]) -> tuple[Training, ...]:
+    """Trainings on the best single t of each task, given this often, with these choices for the rest."""
+    return tuple(world.training(task, **{**choices, "timesteps": (t,) * times}) for task, t in BEST.items())

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from mmdiff_cache.backbones.registry import describe
 from mmdiff_cache.config import TrainConfig
 from mmdiff_cache.experiments import World
 from mmdiff_cache.experiments.outcome import TableResult, score_name
@@ -59,9 +60,12 @@ def test_each_claim_compares_rows_that_differ_in_what_it_is_about(tiny_flux_fold
         assert (one.backbone != other.backbone) == (worse == recipe.RANDOM)
 
 
-def test_only_the_row_of_draws_reads_several(tiny_flux_folder: Path) -> None:
+def test_nothing_is_left_to_what_a_store_happens_to_hold(tiny_flux_folder: Path) -> None:
+    """And only the row of draws reads several."""
     for row in recipe.table(small(tiny_flux_folder)).rows:
         for training in row.trainings:
+            assert training.config.layers == describe(str(tiny_flux_folder)).layers
+            assert training.config.timesteps is not None
             draws = (0, 1, 2, 3) if row.name == recipe.DRAWS else (0,)
             assert training.config.variants == draws
 
