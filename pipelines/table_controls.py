@@ -95,7 +95,7 @@ def table(world: World) -> Table:
         notes=(
             f"Best single t: {', '.join(f'{task} {t:g}' for task, t in BEST.items())}, fixed before the run.",
             "Four draws, and one t four times, have exactly the parameters of four timesteps; plain mean, "
-            "side by side, VAE latent and U-Net have others, at equal steps.",
+            "side by side, VAE latent and U-Net have others, and each map beside adds a few, at equal steps.",
             "The U-Net trains at its own learning rate; all else is one setting.",
         ),
     )

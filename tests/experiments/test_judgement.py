@@ -1,0 +1,78 @@
+"""Claims of a table against the statistics that its runs left."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from mmdiff_cache.config import TrainConfig
+from mmdiff_cache.experiments.judgement import judge
+from mmdiff_cache.experiments.outcome import Outcome, TableResult
+from mmdiff_cache.experiments.table import Claim, Row, Table, Training
+from tests.experiments.test_statistics import DEPTH, kept
+
+ROWS = ("four", "one")
+CLAIM = Claim(better="four", worse="one", task="depth", metric="abs_rel", source="ours")
+
+
+def result(
+    folder: Path, gains: tuple[float, ...], *, lacking: int = 0, reason: str | None = None
+) -> TableResult:
+    """Two rows on eight pictures, the first with errors that are lower by these gains, a seed each."""
+    runs: dict[str, dict[int, Path]] = {name: {} for name in ROWS}
+    for seed, gain in enumerate(gains):
+        errors = np.random.default_rng(seed).uniform(0.2, 0.3, 8)
+        for name in ROWS[: 1 if seed >= len(gains) - lacking else 2]:
+            values = np.zeros((8, 8))
+            values[:, 0], values[:, 6] = errors - gain * (name == "four"), 1
+            runs[name][seed] = kept(folder / f"{name}-{seed}", DEPTH, values)
+    training = Training(config=TrainConfig(task="depth"), datasets=("blocks",), backbone="flux-tiny")
+    rows = tuple(Row(name=name, trainings=(training,), paper={}) for name in ROWS)
+    return TableResult(
+        path=folder,
+        world="small",
+        table=Table(title="t", rows=rows, claims=(CLAIM,)),
+        tasks=("depth",),
+        outcomes=tuple(
+            Outcome(
+                row=name, task="depth", dataset="blocks", paper={}, runs=runs[name], scores={},
+                reason=reason if name == "one" else None,
+            )
+            for name in ROWS
+        ),
+    )  # fmt: skip
+
+
+def test_a_gain_in_every_seed_confirms_and_a_loss_in_every_seed_refutes(tmp_path: Path) -> None:
+    for name, gains, expected in (
+        ("up", (0.05, 0.02), "confirmed"),
+        ("down", (-0.05, -0.02), "refuted"),
+        ("both", (0.05, -0.02), "open"),
+    ):
+        (tmp_path / name).mkdir()
+        found = judge(result(tmp_path / name, gains), CLAIM, draws=100)
+        assert found.verdict == expected
+        assert found.reason is None
+        assert [round(one.estimate, 9) for one in found.differences.values()] == list(gains)
+        assert json.loads(json.dumps(found.to_json()))["differences"]["1"]["low"] == found.differences[1].low
+
+
+def test_what_is_not_there_in_every_seed_stays_open(tmp_path: Path) -> None:
+    found = judge(result(tmp_path, (0.05, 0.05), lacking=1), CLAIM, draws=50)
+    assert found.verdict == "open"
+    assert found.reason == "only one of the rows has seed 1"
+    assert list(found.differences) == [0]
+    assert found.differences[0].low > 0
+
+
+def test_a_row_that_was_not_run_says_why(tmp_path: Path) -> None:
+    found = judge(result(tmp_path, (), reason="no weights"), CLAIM, draws=50)
+    assert (found.verdict, found.reason, found.differences) == ("open", "no weights", {})
+
+
+def test_runs_that_cannot_be_compared_say_why(tmp_path: Path) -> None:
+    made = result(tmp_path, (0.05,))
+    (tmp_path / "one-0" / "statistics-depth-test-ema.npz").unlink()
+    found = judge(made, CLAIM, draws=50)
+    assert found.verdict == "open"
+    assert "has no statistics of depth" in (found.reason or "")
