@@ -1,4 +1,4 @@
-"""The paper's tables as recipes: each says the paper's numbers, and each runs from the data to the figures."""
+"""The tables as recipes: each says the numbers of the paper, and each runs from the data to the figures."""
 
 import json
 import re
@@ -92,7 +92,7 @@ def test_the_sets_of_concepts_stand_in_the_text_of_their_rows() -> None:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The four data sets in their own formats, and a tiny SD3.5; pictures of NYU in their size, for its crop."""
+    """The four data sets in their own formats, NYU in its size for the sake of its crop; and a tiny SD3.5."""
     root = tmp_path_factory.mktemp("tables")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trees, "ROWS", 480)
