@@ -78,7 +78,11 @@ def run_table(plan: TablePlan, *, say: Say, bar: Bar, memory: int | None = None)
         world=plan.world.name,
         table=plan.table,
         tasks=plan.tasks,
-        outcomes=tuple(outcome for one in trainings for outcome in _outcomes(one, plan.tasks, asked, runs)),
+        outcomes=tuple(
+            replace(outcome, expected=planned.reason is None)
+            for planned, one in zip(plan.trainings, trainings, strict=True)
+            for outcome in _outcomes(one, plan.tasks, asked, runs)
+        ),
     )
     write_report(result)
     return result
@@ -226,5 +230,6 @@ def _outcome(
         paper=one.row.paper.get(task, {}),
         runs={seed: done[seed].folder for seed in scores},
         scores=spreads(list(scores.values()), task, dataset),
+        expected=one.reason is None,
         reason=reason,
     )
