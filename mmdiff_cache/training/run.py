@@ -41,7 +41,7 @@ from mmdiff_cache.training.folder import (
 from mmdiff_cache.training.loop import Reading, run_loop
 from mmdiff_cache.training.plan import TrainingPlan, plan
 from mmdiff_cache.training.random_state import own_random_state
-from mmdiff_cache.training.resolve import encoder_hashes, pick_device
+from mmdiff_cache.training.resolve import guidance_identity, pick_device
 from mmdiff_cache.training.trainer import Share, Trainer, has_waited, waited_for
 from mmdiff_cache.training.unified import judge, part, task_names
 
@@ -217,10 +217,10 @@ def store_of(run: Run, path: str | Path | None = None) -> Store:
             f"{run.path} was trained on a store with identity {run.origin['fingerprint'][:12]}, {folder} has "
             f"{store.manifest.fingerprint[:12]}; name the former store, or train again"
         )
-    for name, value in encoder_hashes(store, run.config.discriminative).items():
-        if run.origin.get(name) != value:
+    for name, value in guidance_identity(store, run.config).items():
+        if run.origin.get(name, value) != value:  # an earlier release did not write all of them down
             raise CheckpointError(
-                f"{run.path} was trained with {name} {run.origin.get(name)}, {folder} has {value}; name the "
+                f"{run.path} was trained with {name} {run.origin[name]}, {folder} has {value}; name the "
                 "former store, or train again"
             )
     return store
