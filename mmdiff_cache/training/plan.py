@@ -38,8 +38,6 @@ def plan(config: TrainConfig) -> TrainingPlan:
 
 def _lines(planned: TrainingPlan) -> dict[str, str]:
     setup, config = planned.setup, planned.setup.config
-    steps, batch_size = filled(config.steps), filled(config.batch_size)
-    trained = sum(len(part.samples) for part in setup.parts)
     counts = ", ".join(f"{name} {count:,}" for name, count in planned.parameters.items())
     lines: dict[str, str] = {}
     for part in setup.parts:
@@ -55,8 +53,7 @@ def _lines(planned: TrainingPlan) -> dict[str, str]:
     lines |= {
         "model": _model(setup.spec),
         "parameters": f"{sum(planned.parameters.values()):,}: {counts}",
-        "steps": f"{steps:,} of {batch_size} ({steps * batch_size / trained:.1f} passes), {_checks(config)}, "
-        f"{config.precision} on {config.device}",
+        "steps": f"{_steps(setup)}, {_checks(config)}, {config.precision} on {config.device}",
     }
     if config.run is not None and (Path(config.run) / LAST).exists():
         lines["run"] = f"{config.run}, at step {read_header(Path(config.run) / LAST).step:,}"
@@ -118,6 +115,16 @@ def _model(spec: Spec) -> str:
     kind = f"{aggregator.kind} ({aggregator.preset})" if aggregator.kind == "token" else aggregator.kind
     width = "" if trunk.decoder == "linear" else f" {trunk.decoder_width} wide"
     return f"aggregator {kind} {aggregator.width} wide, decoder {trunk.decoder}{width}"
+
+
+def _steps(setup: Setup) -> str:
+    """How many, of how many samples; a part that has fewer than a batch gives all of them each time."""
+    steps, batch_size = filled(setup.config.steps), filled(setup.config.batch_size)
+    have = [len(part.samples) for part in setup.parts]
+    taken = sum(share * min(batch_size, count) for share, count in zip(setup.ratio, have, strict=True))
+    passes = steps * taken / sum(setup.ratio) / sum(have)
+    whole = "" if min(have) >= batch_size else ", or all that there are"
+    return f"{steps:,} of {batch_size}{whole} ({passes:.1f} passes)"
 
 
 def _checks(config: TrainConfig) -> str:

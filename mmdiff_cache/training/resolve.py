@@ -279,5 +279,5 @@ def _aggregator(config: TrainConfig, width: int) -> AggregatorConfig:
 
 def _steps(config: TrainConfig, task: Task, reader: SplitReader, batch_size: int) -> int:
     """The task's epochs over the whole split, whatever the limit: sizes compare at equal steps (App. A)."""
-    samples = samples_of_the_split(reader, task.label)
-    return max(1, math.ceil(task.epochs * samples * (1 - config.holdout) / batch_size))
+    trained = samples_of_the_split(reader, task.label) * (1 - config.holdout)
+    return max(1, math.ceil(task.epochs * trained / min(batch_size, max(trained, 1))))

@@ -83,6 +83,11 @@ def test_steps_are_those_of_the_whole_split_whatever_the_limit(learnable_store: 
     assert steps == {-(-20 * 144 // 40)}
 
 
+def test_a_split_smaller_than_a_batch_gets_its_passes_too(learnable_store: Path) -> None:
+    """A batch of 64 out of 14 samples is a batch of 14."""
+    assert resolve(small_config(learnable_store, steps=None, batch_size=64)).steps == 20
+
+
 def test_a_limit_does_not_excuse_a_store_that_was_never_finished(tmp_path: Path) -> None:
     store = write_store(tmp_path / "store", train=8, test=1, stop_after=1)
     with pytest.raises(StoreIncomplete, match="run the extraction"):

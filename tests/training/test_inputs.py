@@ -271,7 +271,9 @@ def test_the_plan_says_what_is_read_and_built(rich_store: Path) -> None:
         f"{where}"
     )
     assert usual["model"] == "aggregator token (appendix_f) 16 wide, decoder linear"
-    assert usual["steps"].endswith("10 checks, float32 on cpu")
+    assert usual["steps"] == "12 of 4 (4.8 passes), 10 checks, float32 on cpu"
+    small = said(batch_size=64, steps=3)
+    assert small["steps"] == "3 of 64, or all that there are (3.0 passes), 3 checks, float32 on cpu"
     one = said(
         layers=("single.1",), timesteps=(0.26,), variants=(0,), steps=1, decoder="dpt", standardise=True,
         drop_channels=(3,), aggregator=replace(TINY, kind="none"),

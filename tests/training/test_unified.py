@@ -16,6 +16,7 @@ from mmdiff_cache.store.schema import Variant, Vocabulary
 from mmdiff_cache.training.build import set_up
 from mmdiff_cache.training.evaluate import evaluate
 from mmdiff_cache.training.folder import read_metrics
+from mmdiff_cache.training.plan import plan
 from mmdiff_cache.training.resolve import resolve
 from mmdiff_cache.training.run import Run, load_run, model_for_run, train
 from mmdiff_cache.training.unified import Balance, check_same_identity, part, parts, task_names, turns
@@ -187,6 +188,15 @@ def test_without_a_task_what_can_be_chosen_is_said(run: Run) -> None:
     for act in (evaluate, model_for_run):
         with pytest.raises(ConfigError, match="segmentation, saliency, depth"):
             act(run.path)
+
+
+def test_the_plan_says_how_tasks_are_mixed(learnable_store: Path) -> None:
+    changes = {"task": "segmentation+depth", "mixing": (2.0, 1.0), "steps": 9}
+    text = str(plan(small_config(learnable_store, **changes)))
+    assert "batches of segmentation, depth as 2 : 1, losses count 1 / the mean of their first 50" in text
+    assert "9 of 4 (1.3 passes)" in text
+    given = str(plan(small_config(learnable_store, **changes, loss_weights=(1.0, 0.3))))
+    assert "losses count 1, 0.3" in given
 
 
 def test_losses_of_all_tasks_are_written_down(learnable_store: Path, tmp_path: Path, monkeypatch) -> None:
