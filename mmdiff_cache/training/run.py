@@ -47,7 +47,8 @@ from mmdiff_cache.training.unified import judge, part, task_names
 
 FREE_TO_DIFFER = ("run", "stores", "device", "compile", "memory")
 """Fields that say where and how a training runs, not what it computes."""
-WEIGHTS: Mapping[str, tuple[str, str]] = {EMA: (LAST, EMA), RAW: (LAST, RAW), "best": (BEST, EMA)}
+BEST_WEIGHTS = "best"
+WEIGHTS: Mapping[str, tuple[str, str]] = {EMA: (LAST, EMA), RAW: (LAST, RAW), BEST_WEIGHTS: (BEST, EMA)}
 """File and group of the weights that can be asked for."""
 
 
@@ -180,14 +181,18 @@ def model_for_run(run: "Run | str | Path", weights: str = EMA) -> Model:
     if weights not in WEIGHTS:
         raise ConfigError(f"weights must be one of {', '.join(WEIGHTS)}, got {weights!r}")
     name, group = WEIGHTS[weights]
-    path = load_run(run).path / name
+    run = load_run(run)
+    path = run.path / name
+    if weights == BEST_WEIGHTS and not path.exists():
+        why = "no check has been made yet" if run.config.holdout else "nothing was held out (holdout=0)"
+        raise CheckpointError(f"{path} does not exist: {why}; take the weights {EMA} or {RAW}")
     spec = spec_from_json(checkpoint.read_header(path).spec)
     with torch.device("meta"):  # a spec that asks for more than the file holds costs no memory
         checkpoint.check_shapes(build_model(spec), path, group)
     with own_random_state():
         model = build_model(spec)
     checkpoint.load_weights(model, path, group)
-    return for_task(model.requires_grad_(False).eval(), load_run(run).config.task)
+    return for_task(model.requires_grad_(False).eval(), run.config.task)
 
 
 def device_of(run: Run) -> str:
