@@ -162,7 +162,10 @@ def label_spec(reader: SplitReader, task: Task) -> LabelSpec:
     specs = reader.label_specs
     if task.label not in specs:
         stored = ", ".join(f"{name} ({spec.kind})" for name, spec in specs.items()) or "none"
-        raise ConfigError(f"{reader.path} has no labels {task.label!r}; stored: {stored}")
+        raise ConfigError(
+            f"{reader.path} has no labels {task.label!r}; stored: {stored}; take another store, or put them "
+            "into this one with 'mmdiff-cache labels add'"
+        )
     spec = specs[task.label]
     if spec.kind != task.kind:
         raise ConfigError(f"task {task.name} needs labels of kind {task.kind}, {spec.name!r} are {spec.kind}")
@@ -188,19 +191,20 @@ def pick_device(name: str) -> str:
 
 
 def _inputs(config: TrainConfig, task: Task, store: Store) -> Inputs:
-    """Layers from shallow to deep, timesteps and variants in stored order, and what task and store fill in.
+    """Layers from shallow to deep, timesteps from noisy to clean, and what task and store fill in.
 
-    The same choice gives the same model, in whatever order it was typed; and a store keeps its layers in the
-    order in which they were typed for the extraction, while decoders tell shallow from deep by the order.
+    The same choice gives the same model, in whatever order it was typed. A store keeps the order in which
+    the extraction was asked for them; but decoders take the first layer for the shallowest, and several
+    stores must agree.
     """
     reader = store[TRAIN_SPLIT]
-    steps = sorted(map(reader.timestep_index, config.timesteps or reader.timesteps))
+    chosen = [reader.timesteps[reader.timestep_index(t)] for t in config.timesteps or reader.timesteps]
     inputs = settle(
         reader,
         store.manifest.schema,
         source=config.source,
         layers=config.layers,
-        timesteps=[reader.timesteps[step] for step in steps],
+        timesteps=sorted(chosen, reverse=True),
         variants=config.variants,
         variant_use=config.variant_use,
         concepts=_concepts(config, task, reader),

@@ -16,6 +16,7 @@ from mmdiff_cache.config import ConceptMapsConfig, TrainConfig
 from mmdiff_cache.errors import CheckpointError, ConfigError
 from mmdiff_cache.models.mmdiff import MMDiff, ModelSpec
 from mmdiff_cache.store.convert import Selection, convert, plan_conversion
+from mmdiff_cache.store.reader import open_store
 from mmdiff_cache.store.schema import Vocabulary
 from mmdiff_cache.training.baselines import TRAINED, trained_config
 from mmdiff_cache.training.build import build_model, fit_standardisation, set_up
@@ -122,6 +123,21 @@ def test_layers_go_from_shallow_to_deep(tmp_path: Path, chosen: tuple[str, ...] 
     store = write_store(tmp_path / "store", train=2, test=1, schema=schema)
     found = resolve(small_config(store, layers=chosen)).layers
     assert found == ((() if chosen else ("double.3",)) + ("double.12", "single.9", "single.10"))
+
+
+def test_stores_that_differ_in_order_alone_go_together(tmp_path: Path) -> None:
+    usual = make_schema()
+    other = make_schema(layers=LAYERS[::-1], timesteps=TIMESTEPS[::-1])
+    stores = tuple(
+        str(write_store(tmp_path / name, train=2, test=1, schema=schema))
+        for name, schema in (("a", usual), ("b", other))
+    )
+    config = resolve(small_config(Path(stores[0]), task="segmentation+depth", stores=stores, holdout=0.0))
+    assert (config.layers, config.timesteps) == (LAYERS, TIMESTEPS)
+    features = [one.samples.batch([0]).hidden_states for one in set_up(config).parts]
+    there = open_store(stores[1])["train"].hidden_states([0])
+    assert features[0].shape == features[1].shape
+    assert np.array_equal(features[1], there[:, ::-1, ::-1])
 
 
 def test_the_model_fits_what_is_read(rich_store: Path) -> None:
