@@ -48,7 +48,7 @@ class Reading:
         """What one training reads alone."""
         return cls(
             streams=tuple(Stream(samples=part.samples, held_out=part.held_out) for part in setup.parts),
-            ratio=setup.config.mixing or (1.0,) * len(setup.parts),
+            ratio=setup.ratio,
             batch_size=filled(setup.config.batch_size),
             seed=setup.config.reading_seed,
         )

@@ -41,13 +41,14 @@ from mmdiff_cache.training.folder import (
 from mmdiff_cache.training.loop import Reading, run_loop
 from mmdiff_cache.training.plan import TrainingPlan, plan
 from mmdiff_cache.training.random_state import own_random_state
-from mmdiff_cache.training.resolve import encoder_hashes, pick_device
+from mmdiff_cache.training.resolve import guidance_identity, pick_device
 from mmdiff_cache.training.trainer import Share, Trainer, has_waited, waited_for
 from mmdiff_cache.training.unified import judge, part, task_names
 
 FREE_TO_DIFFER = ("run", "stores", "device", "compile", "memory")
 """Fields that say where and how a training runs, not what it computes."""
-WEIGHTS: Mapping[str, tuple[str, str]] = {EMA: (LAST, EMA), RAW: (LAST, RAW), "best": (BEST, EMA)}
+BEST_WEIGHTS = "best"
+WEIGHTS: Mapping[str, tuple[str, str]] = {EMA: (LAST, EMA), RAW: (LAST, RAW), BEST_WEIGHTS: (BEST, EMA)}
 """File and group of the weights that can be asked for."""
 
 
@@ -180,14 +181,18 @@ def model_for_run(run: "Run | str | Path", weights: str = EMA) -> Model:
     if weights not in WEIGHTS:
         raise ConfigError(f"weights must be one of {', '.join(WEIGHTS)}, got {weights!r}")
     name, group = WEIGHTS[weights]
-    path = load_run(run).path / name
+    run = load_run(run)
+    path = run.path / name
+    if weights == BEST_WEIGHTS and not path.exists():
+        why = "no check has been made yet" if run.config.holdout else "nothing was held out (holdout=0)"
+        raise CheckpointError(f"{path} does not exist: {why}; take the weights {EMA} or {RAW}")
     spec = spec_from_json(checkpoint.read_header(path).spec)
     with torch.device("meta"):  # a spec that asks for more than the file holds costs no memory
         checkpoint.check_shapes(build_model(spec), path, group)
     with own_random_state():
         model = build_model(spec)
     checkpoint.load_weights(model, path, group)
-    return for_task(model.requires_grad_(False).eval(), load_run(run).config.task)
+    return for_task(model.requires_grad_(False).eval(), run.config.task)
 
 
 def device_of(run: Run) -> str:
@@ -217,10 +222,10 @@ def store_of(run: Run, path: str | Path | None = None) -> Store:
             f"{run.path} was trained on a store with identity {run.origin['fingerprint'][:12]}, {folder} has "
             f"{store.manifest.fingerprint[:12]}; name the former store, or train again"
         )
-    for name, value in encoder_hashes(store, run.config.discriminative).items():
-        if run.origin.get(name) != value:
+    for name, value in guidance_identity(store, run.config).items():
+        if run.origin.get(name, value) != value:  # an earlier release did not write all of them down
             raise CheckpointError(
-                f"{run.path} was trained with {name} {run.origin.get(name)}, {folder} has {value}; name the "
+                f"{run.path} was trained with {name} {run.origin[name]}, {folder} has {value}; name the "
                 "former store, or train again"
             )
     return store

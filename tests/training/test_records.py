@@ -168,9 +168,10 @@ def test_train_says_what_it_does_before_and_what_came_out_after(
         "task       segmentation on blocks, judged by miou (higher is better)",
         f"features   3 layers x 3 timesteps of flux-tiny, concepts segmentation, from {learnable_store}",
         "samples    14 trained on, 2 held out",
+        "model      aggregator token (appendix_f) 16 wide, decoder linear",
         f"parameters {sum(parts.values()):,}: aggregators {parts['aggregators']:,}, decoder 0, "
         f"head {parts['head']:,}",
-        "steps      10 of 4 (2.9 passes), 2 checks, ends after 2 without a better one",
+        "steps      10 of 4 (2.9 passes), 2 checks, ends after 2 without a better one, float32 on cpu",
     ]
     lines = after.splitlines()
     assert lines[0] == str(tmp_path / "run")
