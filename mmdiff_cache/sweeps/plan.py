@@ -13,9 +13,9 @@ from mmdiff_cache.loader import CachedFeatureDataset
 from mmdiff_cache.sweeps import memory
 from mmdiff_cache.sweeps.differences import differing, digest, slug
 from mmdiff_cache.sweeps.memory import Need
-from mmdiff_cache.sweeps.results import SCORES
-from mmdiff_cache.sweeps.shared import union
-from mmdiff_cache.training.build import Setup, set_up
+from mmdiff_cache.sweeps.results import is_scored
+from mmdiff_cache.sweeps.shared import lean, union
+from mmdiff_cache.training.build import Setup
 from mmdiff_cache.training.checkpoint import LAST
 from mmdiff_cache.training.evaluate import SPLITS
 from mmdiff_cache.training.folder import RUNS
@@ -170,7 +170,7 @@ def _planned(config: TrainConfig, sweep: Path, names: Sequence[str], evaluate: b
     known = sorted(sweep.glob(f"*-{code}"))  # its name may be of a list in which other things differed
     folder = known[0] if known else sweep / f"{slug(config, names)}-{code}"
     resolved = TrainConfig.from_json({**resolved.to_json(), "run": str(folder)})
-    setup = set_up(resolved)
+    setup = lean(resolved)
     state, step = _state(folder, evaluate)
     return PlannedRun(
         asked=config, config=resolved, setup=setup, need=memory.need_of(setup), state=state, step=step
@@ -184,7 +184,7 @@ def _state(folder: Path, evaluate: bool) -> tuple[str, int]:
     run = load_run(folder)
     if not run.finished:
         return GOING_ON, run.step
-    return (SCORED if evaluate and (folder / SCORES).exists() else FINISHED), run.step
+    return (SCORED if evaluate and is_scored(run) else FINISHED), run.step
 
 
 def reading_key(setup: Setup) -> tuple[Any, ...]:

@@ -24,8 +24,8 @@ class Way:
 
     split: str
     weights: str
-    align: str
-    flip: bool
+    align: str = "none"
+    flip: bool = False
 
     @property
     def name(self) -> str:

@@ -57,12 +57,12 @@ def test_it_ends_with_a_table_of_means_over_seeds(steady: SweepResult) -> None:
     lines = list(csv.DictReader((steady.path / "table.csv").read_text().splitlines()))
     runs = json.loads(json.dumps(compare([steady.path]).to_json()))["runs"]
     for line, row in zip(lines, steady.table.rows, strict=True):
-        own = [run["test"]["miou"] for run in runs
+        own = [run["scores"]["test"]["miou"] for run in runs
                if ",".join(f"{t:g}" for t in run["config"]["timesteps"]) == line["timesteps"]]  # fmt: skip
         assert len(own) == 2
         assert float(line["test miou mean"]) == pytest.approx(sum(own) / 2)
         assert float(line["test miou std"]) == pytest.approx(abs(own[0] - own[1]) / 2**0.5)
-        assert row.test["miou"].mean == float(line["test miou mean"])
+        assert row.scores["test"]["miou"].mean == float(line["test miou mean"])
     assert (steady.path / "plot.png").read_bytes().startswith(b"\x89PNG")
     assert "± " in (steady.path / "table.md").read_text()
 

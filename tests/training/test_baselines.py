@@ -151,7 +151,7 @@ def test_trained_baselines_are_trained_once_with_equal_steps(scenes_store: Path,
     assert names <= set(after.baselines)
     assert after.scores == before.scores
     folders = {entry.name for entry in (run.path / "baselines").iterdir()}
-    assert folders == {"latents", "images"}
+    assert folders == {"segmentation-latents", "segmentation-images"}
     for name in folders:
         other = load_run(run.path / "baselines" / name)
         assert other.finished
