@@ -114,8 +114,15 @@ def _each(trainers: Sequence[Trainer], act: Callable[[Trainer], None], failures:
             except Exception as error:  # whatever it is, it is this training's alone
                 failures[trainer.folder] = error
                 if len(trainers) > 1:
-                    clear_frames(error.__traceback__)
+                    _forget(error)
                     trainer.let_go()
+
+
+def _forget(error: BaseException | None) -> None:
+    """Let go of what the functions held that an error came through, and those it came from."""
+    while error is not None:
+        clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 def _check(due: Sequence[Trainer], reading: Reading, failures: Failures) -> None:
