@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from mmdiff_cache.config import TrainConfig, filled
-from mmdiff_cache.errors import ConfigError, MMDiffError
+from mmdiff_cache.errors import ConfigError
 from mmdiff_cache.extraction.plan import show_bytes
 from mmdiff_cache.loader import CachedFeatureDataset
 from mmdiff_cache.sweeps import memory
 from mmdiff_cache.sweeps.differences import differing, digest, slug
 from mmdiff_cache.sweeps.memory import Need
+from mmdiff_cache.sweeps.part import reason
 from mmdiff_cache.sweeps.results import is_scored
 from mmdiff_cache.sweeps.shared import lean, union
 from mmdiff_cache.training.build import Setup
@@ -134,8 +135,8 @@ def plan_sweep(
     for number, config in enumerate(configs, 1):
         try:
             run = _planned(config, folder, names, evaluate)
-        except MMDiffError as error:
-            refused[f"{number}. {slug(config, names)}"] = str(error).splitlines()[0]
+        except Exception as error:  # whatever it is, it is this configuration's alone
+            refused[f"{number}. {slug(config, names)}"] = reason(error)
             continue
         repeated += run.name in runs
         runs.setdefault(run.name, run)
@@ -215,8 +216,8 @@ def _groups(runs: Sequence[PlannedRun]) -> list[list[PlannedRun]]:
 
 def _parts(group: Sequence[PlannedRun], budget: int | None) -> list[tuple[PlannedRun, ...]]:
     """A group cut so that each part fits the memory; what is read for all is counted for each part."""
-    batch = memory.batch_bytes([run.setup for run in group])
-    reading = batch * (1 if group[0].config.device.startswith("cuda") else memory.BATCHES_HELD)
+    on_gpu = group[0].config.device.startswith("cuda")  # where the trainings are; samples are kept elsewhere
+    reading = (memory.batch_bytes if on_gpu else memory.reading_bytes)([run.setup for run in group])
     parts = memory.cut([run.need for run in group], reading, budget)
     return [tuple(group[number] for number in part) for part in parts]
 

@@ -91,8 +91,10 @@ def _lines(result: Evaluation) -> list[str]:
     iou = result.scores.get("iou")
     if iou:
         lines += ["", "IoU by class", *_wrapped(iou)]
+    skipped: int = result.scores.get("skipped", 0)
+    empty = [f"{skipped} of them are not in the mean: no pixel of their labels counts"] if skipped else []
     written = [] if result.export is None else ["", f"predictions {result.export}"]
-    return [*lines, "", result.protocol, *written]
+    return [*lines, "", result.protocol, *empty, *written]
 
 
 def _wrapped(values: Mapping[str, float | None]) -> list[str]:

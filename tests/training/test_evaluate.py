@@ -141,6 +141,14 @@ def test_many_classes_stay_within_a_terminal(trained: Callable[[str], Run]) -> N
     assert len(lines) == 6
 
 
+def test_samples_that_no_mean_has_are_told(trained: Callable[[str], Run]) -> None:
+    result = evaluate(trained("depth"))
+    assert result.scores["skipped"] == 0
+    assert "not in the mean" not in str(result)
+    some = dataclasses.replace(result, scores={**result.scores, "skipped": 2})
+    assert str(some).splitlines()[-1] == "2 of them are not in the mean: no pixel of their labels counts"
+
+
 def test_aligned_depth_says_so_and_stands_beside_the_metric_one(trained: Callable[[str], Run]) -> None:
     run = trained("depth")
     plain, median, lstsq = (evaluate(run, align=how) for how in ("none", "median", "lstsq"))
