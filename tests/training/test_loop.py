@@ -139,7 +139,9 @@ def test_a_reading_that_fails_does_not_hide_what_failed_before(
 
 
 def test_the_clock_of_one_that_waits_for_others_stands_still(store: Path, tmp_path: Path) -> None:
-    """The first goes on at step 8, the second begins; what the first waits is not its own time."""
+    """The first goes on at step 8, the second begins; what the first waits is not its own time. Both end as
+    they do alone.
+    """
     config = small_config(store, tmp_path / "ahead", **COMMON, steps=12, checks=6)
     with pytest.raises(Stop):
         train(config, progress=stop_at(9))
@@ -153,3 +155,6 @@ def test_the_clock_of_one_that_waits_for_others_stands_still(store: Path, tmp_pa
         assert run_loop(trainers, reading, slow) == {}
     speeds = [line["samples_per_second"] for line in read_metrics(tmp_path / "ahead") if "loss" in line]
     assert speeds[8] > 4 / 2  # a batch of 4, after four seconds of waiting
+    alone = train(replace(config, run=str(tmp_path / "alone")))
+    for name in two:
+        assert_same(alone, load_run(tmp_path / name))
