@@ -117,10 +117,19 @@ def show_by_task(scores: ScoreTable) -> None:
         table = new_table(*map(safe, part.header()))
         for row in part.cells():
             table.add_row(*map(safe, row))
-        whole = out.measure(table, options=out.options.update(max_width=WIDEST)).maximum
-        out.print(table, width=None if out.is_terminal else whole, crop=out.is_terminal)
+        if out.is_terminal:
+            out.print(table)
+        else:
+            _print_whole(table)
     if scores.protocols:
         say("\n" + "\n".join(scores.protocols))
+
+
+def _print_whole(table: Table) -> None:
+    before = out.width
+    out.width = max(before, out.measure(table, options=out.options.update(max_width=WIDEST)).maximum)
+    out.print(table)
+    out.width = before
 
 
 def _print(title: str, table: Table) -> None:

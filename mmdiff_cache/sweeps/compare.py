@@ -80,7 +80,15 @@ def compare(paths: Sequence[str | Path]) -> Comparison:
 
 
 def _side_by_side(runs: Sequence[RunResult]) -> Comparison:
-    return Comparison(columns=differing([run.config for run in runs]), runs=tuple(runs))
+    names = differing([run.config for run in runs])
+    rows = [flat(run.config) for run in runs]
+    # `concept_maps.timesteps`, say, is resolved to `timesteps` where it was left out
+    follow = {
+        name for name in names if all(row.get(name) == row.get(name.rsplit(".", 1)[-1]) for row in rows)
+    }
+    return Comparison(
+        columns=tuple(name for name in names if "." not in name or name not in follow), runs=tuple(runs)
+    )
 
 
 def _runs(path: Path) -> list[Path]:

@@ -86,7 +86,7 @@ class Table:
 
     def to_markdown(self) -> str:
         """The shown cells as tables of Markdown, one a task, and how the scores were taken."""
-        parts = [f"**{task}**\n\n{table.markdown_rows()}\n" for task, table in self.by_task().items()]
+        parts = [f"**{task}**\n\n{table.markdown_rows()}" for task, table in self.by_task().items()]
         return "\n".join([*parts, *(f"- {line}" for line in self.protocols), ""])
 
     def markdown_rows(self) -> str:
