@@ -41,7 +41,7 @@ def sweep(
     """Train many configurations that read the store together. Safe to stop and run again."""
     from mmdiff_cache.cli.tables import show_by_task
     from mmdiff_cache.sweeps import run
-    from mmdiff_cache.sweeps.plan import default_folder, plan_sweep
+    from mmdiff_cache.sweeps.plan import by_reason, default_folder, plan_sweep
 
     configs = read_sweep(config, set_ or [])
     plan = plan_sweep(configs, out_ or default_folder(config), memory_bytes=memory, evaluate=evaluate)
@@ -54,8 +54,8 @@ def sweep(
     if result.table.rows:
         say(f"\ntable  {result.path / run.CSV}\nplot   {result.path / run.PLOT}")
         next_command("mmdiff-cache", "compare", str(result.path))
-    for name, reason in result.failed.items():
-        warn(f"{name}: {reason}")
+    for line in by_reason(result.failed):
+        warn(line)
     if result.failed:
         raise typer.Exit(SOME_FAILED)
 

@@ -1,7 +1,7 @@
 """What a sweep is going to do: its runs, where each lies, and which share a reading."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -253,7 +253,18 @@ def _lines(plan: SweepPlan) -> list[str]:
     ]
     if not plan.evaluate:
         lines.append(f"{'test':<10} not scored")
-    return lines + [f"{'refused':<10} {name}: {reason}" for name, reason in plan.refused.items()]
+    return lines + [f"{'refused':<10} {line}" for line in by_reason(plan.refused)]
+
+
+def by_reason(failed: Mapping[str, str]) -> list[str]:
+    """What failed, a line a reason."""
+    names: dict[str, list[str]] = {}
+    for name, why in failed.items():
+        names.setdefault(why, []).append(name)
+    return [
+        f"{first}{f' and {len(others)} more' if others else ''}: {why}"
+        for why, (first, *others) in names.items()
+    ]
 
 
 def _part_words(part: Sequence[PlannedRun]) -> str:

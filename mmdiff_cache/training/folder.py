@@ -179,7 +179,7 @@ def clear_partial(folder: Path) -> None:
 
 def clear_start(folder: Path) -> None:
     """Take away what a training left that was stopped before its first checkpoint; it starts anew."""
-    _remove([folder / METRICS, folder / BEST, *(folder / PICTURES).glob("step-*.jpg")])
+    _remove([folder / METRICS, folder / BEST, *(folder / PICTURES).rglob("step-*.jpg")])
 
 
 def _remove(files: Iterable[Path]) -> None:

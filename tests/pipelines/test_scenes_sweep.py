@@ -78,11 +78,13 @@ def test_a_sweep_of_which_nothing_can_be_trained_names_no_next_command(
     recipe = tmp_path / "one.py"
     recipe.write_text(
         "from mmdiff_cache.config import TrainConfig\n"
-        "def sweep():\n    return [TrainConfig(task='depth', stores=('nowhere',))]\n"
+        "def sweep():\n"
+        "    return [TrainConfig(task='depth', stores=('nowhere',), seed=n) for n in range(9)]\n"
     )
     assert run(["sweep", "--config", str(recipe), "--out", str(tmp_path / "out")]) == 3
     caught = capsys.readouterr()
-    assert "nowhere" in caught.err
+    assert caught.err.count("nowhere") == caught.out.count("nowhere") == 1, "one reason, one line"
+    assert "1. seed-0 and 8 more: " in caught.err
     assert "next:" not in caught.out
 
 
