@@ -22,7 +22,7 @@ from mmdiff_cache.store.reader import Store, open_store
 from mmdiff_cache.training import checkpoint
 from mmdiff_cache.training.build import Model, Setup, build_model, for_task, spec_from_json
 from mmdiff_cache.training.checkpoint import BEST, EMA, LAST, RAW
-from mmdiff_cache.training.environment import environment
+from mmdiff_cache.training.environment import environment, note_environment
 from mmdiff_cache.training.folder import (
     CONFIG,
     ENVIRONMENT,
@@ -47,8 +47,7 @@ from mmdiff_cache.training.unified import judge, part, task_names
 
 FREE_TO_DIFFER = ("run", "stores", "device", "compile", "memory")
 """Fields that say where and how a training runs, not what it computes."""
-BEST_WEIGHTS = "best"
-WEIGHTS: Mapping[str, tuple[str, str]] = {EMA: (LAST, EMA), RAW: (LAST, RAW), BEST_WEIGHTS: (BEST, EMA)}
+WEIGHTS: Mapping[str, tuple[str, str]] = {EMA: (LAST, EMA), RAW: (LAST, RAW), "best": (BEST, EMA)}
 """File and group of the weights that can be asked for."""
 
 
@@ -173,19 +172,28 @@ def one_task(run: "Run | str | Path", task: str | None) -> Run:
     return run if task is None else run.for_task(task)
 
 
-def model_for_run(run: "Run | str | Path", weights: str = EMA) -> Model:
-    """A run's model in evaluation mode, on the CPU. Weights: `ema`, `raw` or `best`.
+def weights_of(run: "Run | str | Path", weights: str) -> tuple[Path, str]:
+    """The file with weights of a run, `ema`, `raw` or `best`, and their group in it.
 
-    Raises ConfigError for other weights, CheckpointError for a checkpoint that cannot be used.
+    Raises ConfigError for weights there are not.
     """
     if weights not in WEIGHTS:
         raise ConfigError(f"weights must be one of {', '.join(WEIGHTS)}, got {weights!r}")
-    name, group = WEIGHTS[weights]
-    run = load_run(run)
-    path = run.path / name
-    if weights == BEST_WEIGHTS and not path.exists():
-        why = "no check has been made yet" if run.config.holdout else "nothing was held out (holdout=0)"
-        raise CheckpointError(f"{path} does not exist: {why}; take the weights {EMA} or {RAW}")
+    (name, group), run = WEIGHTS[weights], load_run(run)
+    if name == BEST and not (run.path / name).exists():
+        raise ConfigError(
+            f"{run.path} has no best weights: no check of held-out samples has had a score "
+            f"(holdout is {run.config.holdout:g}); take --weights {EMA} or {RAW}"
+        )
+    return run.path / name, group
+
+
+def model_for_run(run: "Run | str | Path", weights: str = EMA) -> Model:
+    """A run's model in evaluation mode, on the CPU. Weights: `ema`, `raw` or `best`.
+
+    Raises ConfigError for weights there are not, CheckpointError for a checkpoint that cannot be used.
+    """
+    path, group = weights_of(run, weights)
     spec = spec_from_json(checkpoint.read_header(path).spec)
     with torch.device("meta"):  # a spec that asks for more than the file holds costs no memory
         checkpoint.check_shapes(build_model(spec), path, group)
@@ -286,6 +294,8 @@ def _made(setup: Setup, folder: Path, shares: Sequence[Share]) -> Trainer:
     trainer = Trainer(setup, folder, shares)
     if (folder / LAST).exists():
         trainer.go_on()
+        if not trainer.finished:
+            note_environment(folder / ENVIRONMENT, setup.config.device, trainer.step)
     else:
         clear_start(folder)
         checkpoint.write_json(folder / CONFIG, setup.config.to_json())

@@ -1,5 +1,6 @@
 """One training: its state, one step of it, its checks and its checkpoints."""
 
+import gc
 import logging
 import time
 from collections import Counter
@@ -109,21 +110,27 @@ class Trainer:
         return self.step >= self.steps or has_waited(self.config.patience, self.checks_since_best)
 
     def begin(self) -> None:
-        """Say what is trained, and start the clock."""
+        """Say what is trained."""
         counts = ", ".join(f"{name} {count:,}" for name, count in self.model.parameter_counts().items())
         samples = " + ".join(str(len(part.samples)) for part in self.setup.parts)
         logger.info("training on %s samples, parameters: %s", samples, counts)
-        self._first, self._begun = self.step, time.monotonic()
-        self._saved = self._begun
+        self._first, self._saved = self.step, time.monotonic()
         self._board = Board(self.folder, after=self.step)
 
     def end(self) -> None:
         """Close what is open."""
         self._board.close()
 
+    def let_go(self) -> None:
+        """Give back the memory of a training that failed; it goes on from its checkpoint, in another one."""
+        del self.model, self.ema, self.optimiser, self.schedule
+        gc.collect()  # an optimiser and its schedule hold each other
+
     def take(self, batch: Batch, part: int) -> None:
         """One step on a batch of a part, and its line in the metrics where one is due."""
         rate = self.config.learning_rate * rate_factor(self.step, steps=self.steps)
+        if self.step == self._first:  # it may have waited for neighbours that were behind
+            self._begun = time.monotonic()
         with self.random:
             values = self.learn(self.shares[part](batch), self.setup.parts[part])
         speed = (self.step - self._first) * self.batch_size / (time.monotonic() - self._begun)

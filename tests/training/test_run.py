@@ -237,7 +237,7 @@ def test_best_is_the_checkpoint_with_the_best_held_out_score(trained: Callable[[
 def test_without_a_holdout_there_is_no_best(learnable_store: Path, tmp_path: Path) -> None:
     run = train(small_config(learnable_store, tmp_path / "run", holdout=0.0, steps=2))
     assert run.scores == {}
-    with pytest.raises(CheckpointError, match=r"best\.safetensors does not exist: nothing was held out"):
+    with pytest.raises(ConfigError, match=r"has no best weights: .*\(holdout is 0\)"):
         model_for_run(run, "best")
 
 

@@ -1,5 +1,6 @@
 """Several tasks in one training: whose turn it is, what each loss counts, and what fits together."""
 
+import json
 from collections import Counter
 from dataclasses import replace
 from itertools import pairwise
@@ -117,6 +118,17 @@ def test_one_model_learns_three_tasks(run: Run, task: str, least: float) -> None
     for name, scores in result.baselines.items():
         assert sign * (result.scores[result.headline] - scores[result.headline]) > 0.05, name
     assert (run.path / f"evaluation-{task}-test-ema.json").exists()
+
+
+def test_a_start_that_came_to_nothing_leaves_no_pictures(learnable_store: Path, tmp_path: Path) -> None:
+    """Stopped before its first checkpoint, and begun again with fewer checks."""
+    config = small_config(learnable_store, tmp_path / "run", task="segmentation+depth", steps=4, checks=1)
+    for task in ("segmentation", "depth"):
+        (tmp_path / "run" / "pictures" / task).mkdir(parents=True)
+        (tmp_path / "run" / "pictures" / task / "step-000002.jpg").write_bytes(b"")
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config.to_json()))
+    run = train(config)
+    assert [path.name for path in run.path.glob("pictures/*/*.jpg")] == ["step-000004.jpg"] * 2
 
 
 def test_each_sample_serves_one_task(learnable_store: Path) -> None:
