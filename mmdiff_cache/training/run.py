@@ -179,7 +179,8 @@ def weights_of(run: "Run | str | Path", weights: str) -> tuple[Path, str]:
     """
     if weights not in WEIGHTS:
         raise ConfigError(f"weights must be one of {', '.join(WEIGHTS)}, got {weights!r}")
-    (name, group), run = WEIGHTS[weights], load_run(run)
+    name, group = WEIGHTS[weights]
+    run = load_run(run)
     if name == BEST and not (run.path / name).exists():
         raise ConfigError(
             f"{run.path} has no best weights: no check of held-out samples has had a score "
@@ -193,6 +194,7 @@ def model_for_run(run: "Run | str | Path", weights: str = EMA) -> Model:
 
     Raises ConfigError for weights there are not, CheckpointError for a checkpoint that cannot be used.
     """
+    run = load_run(run)
     path, group = weights_of(run, weights)
     spec = spec_from_json(checkpoint.read_header(path).spec)
     with torch.device("meta"):  # a spec that asks for more than the file holds costs no memory
