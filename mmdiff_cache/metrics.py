@@ -122,9 +122,13 @@ class SaliencyMetric:
     def update(
         self, prediction: Float[np.ndarray, "H W"], target: Integer[np.ndarray, "H W"]
     ) -> dict[str, float]:
-        """Probabilities in [0, 1] and a mask of 0, 1 or `ignore`, both [H W]."""
+        """Probabilities in [0, 1] and a mask of 0, 1 or `ignore`, both [H W]. A mask of `ignore` alone does
+        not count.
+        """
         if not (prediction.min() >= 0 and prediction.max() <= 1):  # false for NaN, too
             raise DataError("a saliency prediction must be probabilities in [0, 1]; take the logits' sigmoid")
+        if self.ignore is not None and (target == self.ignore).all():
+            return {}
         quantised = np.round(prediction * 255).astype(np.uint8)
         truth = np.where(target == 1, 255, 0).astype(np.uint8)
         if self.ignore is not None:
@@ -141,7 +145,7 @@ class SaliencyMetric:
     def scores(self) -> dict[str, Any]:
         """s_measure, max_f and mae over all pictures."""
         if not self.samples:
-            raise DataError("the saliency metrics need at least one picture")
+            raise DataError("the saliency metrics need a known pixel; every mask is void or none was given")
         return {
             "s_measure": float(np.mean(self._structure.sms)),
             "max_f": float(np.mean(self._curves, axis=0).max()),
