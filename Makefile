@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 DEMO_ARGS ?=
+TEST_ARGS ?= --numprocesses auto --maxprocesses 8 --dist loadfile
 BIN := $(VENV)/bin
 
 # Idle OpenMP threads sleep instead of spinning: with two cores a spinning one costs half the machine.
@@ -27,7 +28,7 @@ demo: $(VENV)/.installed
 	$(BIN)/mmdiff-cache demo $(DEMO_ARGS)
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(TEST_ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

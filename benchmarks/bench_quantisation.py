@@ -2,7 +2,7 @@
 
     python benchmarks/bench_quantisation.py [--backbone flux-scenes] [--samples 16]
 
-Prints a line for each dtype and layer, over the default timesteps, and one for the concept scores.
+Prints a table: a row for each layer, over the default timesteps, and one for the concept scores.
 bfloat16 is also compared with float32, for what 8 bits add to has that size already.
 """
 
@@ -45,21 +45,29 @@ def relative(got: torch.Tensor, expected: torch.Tensor) -> float:
     return float((got.float() - expected.float()).norm() / expected.float().norm())
 
 
+def line(name: str, row: list[float]) -> str:
+    """A row of the table."""
+    return f"| {name} | {' | '.join(f'{value:.4f}' for value in row)} |"
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--backbone", default="flux-scenes")
     parser.add_argument("--samples", type=int, default=16)
     options = parser.parse_args()
     layers = mm.plan(mm.ExtractConfig(backbone=options.backbone, limit=1)).schema.layers
     passes = [capture(options.backbone, dtype, kind, options.samples) for dtype, kind in CASES]
-    for one, other in COMPARED:
-        got, expected = passes[one], passes[other]
-        print(f"{' '.join(CASES[one])} against {' '.join(CASES[other])}")
-        for number, layer in enumerate(layers):
-            at = got.hidden_states[:, :, number], expected.hidden_states[:, :, number]
-            print(f"  {layer:<14} {relative(*at):.4f}")
-        for name, scores in got.concept_scores.items():
-            print(f"  scores {name:<7} {relative(scores, expected.concept_scores[name]):.4f}")
+    pairs = [(passes[one], passes[other]) for one, other in COMPARED]
+    titles = [f"{' '.join(CASES[one])} against {' '.join(CASES[other])}" for one, other in COMPARED]
+    print(f"| | {' | '.join(titles)} |\n|---{'|---' * len(titles)}|")
+    for number, layer in enumerate(layers):
+        row = [
+            relative(got.hidden_states[:, :, number], full.hidden_states[:, :, number]) for got, full in pairs
+        ]
+        print(line(layer, row))
+    for name in pairs[0][0].concept_scores:
+        row = [relative(got.concept_scores[name], full.concept_scores[name]) for got, full in pairs]
+        print(line(f"scores {name}", row))
 
 
 if __name__ == "__main__":

@@ -123,7 +123,7 @@ def configs(store: Path, asked: argparse.Namespace) -> list[TrainConfig]:
 
 def counted(work: Callable[[], object], into: Counted) -> None:
     """Run a way, counting the bytes of its chunks and the time that it waits for batches."""
-    read_chunk = chunks._OpenShard.read
+    read_chunk = chunks.OpenShard.read
 
     def reading(shard: Any, number: int, target: Any) -> None:
         into.read_bytes += int(shard.places[number][1])
@@ -141,7 +141,7 @@ def counted(work: Callable[[], object], into: Counted) -> None:
 
     into.read_bytes, into.waiting = 0, 0.0
     begun = time.perf_counter()
-    with patch.object(chunks._OpenShard, "read", reading), patch.object(loop, "make_loader", waiting):
+    with patch.object(chunks.OpenShard, "read", reading), patch.object(loop, "make_loader", waiting):
         work()
     into.seconds.append(time.perf_counter() - begun)
     into.reading.append(into.waiting)

@@ -25,7 +25,8 @@ from rounds import batch, features, interleaved, manifest, publish, ratios
 from torch import Tensor, nn
 
 from mmdiff_cache.config import AggregatorConfig, TrainConfig
-from mmdiff_cache.loader import BATCHES_AHEAD, Batch, make_loader
+from mmdiff_cache.loader import Batch, make_loader
+from mmdiff_cache.loader.prefetch import BATCHES_AHEAD
 from mmdiff_cache.models.temporal import TemporalTransformer
 from mmdiff_cache.records import LabelSpec
 from mmdiff_cache.store.schema import LabelArray
@@ -129,7 +130,8 @@ def feeding(asked: argparse.Namespace, folder: Path) -> dict[str, list[float]]:
         compile=asked.compile,
     )
     trainer = Trainer(set_up(resolve(config)), folder / "run")
-    samples, first = trainer.setup.samples, range(asked.batch)
+    (part,) = trainer.setup.parts
+    samples, first = part.samples, range(asked.batch)
     held = [on_device(samples.batch(first), trainer.device) for _ in range(2)]
 
     def timed(work: Callable[[int], object]) -> float:
@@ -139,11 +141,14 @@ def feeding(asked: argparse.Namespace, folder: Path) -> dict[str, list[float]]:
         finish(trainer.device)
         return time.perf_counter() - begun
 
+    def learn(found: Batch) -> object:
+        return trainer.learn(found, part)
+
     taken: dict[str, list[float]] = {FED: [], HELD: [], READ: []}
     for number in range(asked.rounds + 1):
-        seconds = {HELD: timed(lambda step: trainer.learn(held[step % 2]))}
+        seconds = {HELD: timed(lambda step: learn(held[step % 2]))}
         for way in (FED, READ):
-            steps, use = asked.steps + 2 * BATCHES_AHEAD + 1, trainer.learn if way == FED else len_of
+            steps, use = asked.steps + 2 * BATCHES_AHEAD + 1, learn if way == FED else len_of
             feed = make_loader(samples, asked.batch, seed=number, drop_last=True, steps=steps)
             for _ in range(1 if way == FED else BATCHES_AHEAD + 1):
                 use(next(feed))
@@ -173,7 +178,7 @@ def encoder(size: Size, dropout: float, *, everywhere: bool) -> nn.TransformerEn
         norm_first=True,
     )
     if not everywhere:
-        layer.dropout = nn.Identity()
+        layer.dropout = cast(nn.Dropout, nn.Identity())
         layer.self_attn.dropout = 0.0
     return nn.TransformerEncoder(layer, config.depth, enable_nested_tensor=False)
 

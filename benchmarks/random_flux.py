@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -24,13 +25,16 @@ class RandomText(TextSource):
 
     def __init__(self, length: int, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__()
-        self._length, self._place = length, {"device": device, "dtype": dtype}
+        self._length, self._device, self._dtype = length, device, dtype
 
     def word(self, word: str) -> torch.Tensor:
-        return torch.randn(WIDTH).to(**self._place)
+        return self._random(WIDTH)
 
     def _encode(self, prompt: str) -> tuple[torch.Tensor, torch.Tensor]:
-        return torch.randn(1, self._length, WIDTH).to(**self._place), torch.randn(1, POOLED).to(**self._place)
+        return self._random(1, self._length, WIDTH), self._random(1, POOLED)
+
+    def _random(self, *shape: int) -> torch.Tensor:
+        return torch.randn(*shape).to(self._device, self._dtype)
 
 
 def random_flux(heads: int, blocks: tuple[int, int], device: str) -> FluxBackbone:
@@ -49,7 +53,7 @@ def random_flux(heads: int, blocks: tuple[int, int], device: str) -> FluxBackbon
             )
     finally:
         torch.set_default_dtype(torch.float32)
-    vae = AutoencoderKL(
+    vae = cast(Any, AutoencoderKL)(  # its signature has tuples of one
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
         block_out_channels=(128, 256, 512, 512),
@@ -60,7 +64,7 @@ def random_flux(heads: int, blocks: tuple[int, int], device: str) -> FluxBackbon
         shift_factor=0.1159,
         scaling_factor=0.3611,
     )
-    pipeline = FluxPipeline(
+    pipeline = cast(Any, FluxPipeline)(  # its signature has no None
         scheduler=FlowMatchEulerDiscreteScheduler(),
         vae=vae.to(chosen),
         text_encoder=None,

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from rounds import publish
@@ -195,7 +195,7 @@ def measured_peak(spec: ModelSpec, batch: int, *, precision: str = "float32") ->
         step = Step(spec, batch, precision)
         step.run()
         step.run()
-    events = seen.profiler.kineto_results.events()  # pyright: ignore[reportOptionalMemberAccess]
+    events = cast(Any, seen.profiler).kineto_results.events()
     changes = sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns())
     now = peak = 0
     for change in changes:

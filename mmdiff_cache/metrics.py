@@ -160,7 +160,7 @@ class SaliencyMetric(Metric):
     """
 
     own = ("s_measure", "max_f", "mae")
-    nothing = "the saliency metrics need at least one picture"
+    nothing = "the saliency metrics need a known pixel; every mask is void or none was given"
 
     def __init__(self, *, ignore: int | None = IGNORE) -> None:
         # Loading it pulls in OpenCV and SciPy, half a second that only saliency should pay.
@@ -176,9 +176,13 @@ class SaliencyMetric(Metric):
     def statistics(
         self, prediction: Float[np.ndarray, "H W"], target: Integer[np.ndarray, "H W"]
     ) -> Float64[np.ndarray, " K"]:
-        """Probabilities in [0, 1] and a mask of 0, 1 or `ignore`, both [H W]."""
+        """Probabilities in [0, 1] and a mask of 0, 1 or `ignore`, both [H W]. A mask of `ignore` alone does
+        not count.
+        """
         if not (prediction.min() >= 0 and prediction.max() <= 1):  # false for NaN, too
             raise DataError("a saliency prediction must be probabilities in [0, 1]; take the logits' sigmoid")
+        if self.ignore is not None and (target == self.ignore).all():
+            return np.zeros_like(self.sums)
         quantised = np.round(prediction * 255).astype(np.uint8)
         truth = np.where(target == 1, 255, 0).astype(np.uint8)
         if self.ignore is not None:

@@ -187,6 +187,7 @@ def write_store(
     *,
     train: int = 16,
     test: int = 4,
+    scored: str = "test",
     dataset: str = "blocks",
     prompts: str = "empty",
     schema: StoreSchema | None = None,
@@ -196,11 +197,11 @@ def write_store(
     spoilt: str | None = None,
     weights: str = "0" * 64,
 ) -> Path:
-    """Write a store through the real writer. `spoilt` is a sample whose features are as large as float16 can
-    hold.
+    """Write a store through the real writer. `scored` is the name of its second split; `spoilt` is a sample
+    whose features are as large as float16 can hold.
     """
     schema = schema or make_schema()
-    manifest = make_manifest(schema, {"train": train, "test": test}, dataset, prompts, weights)
+    manifest = make_manifest(schema, {"train": train, scored: test}, dataset, prompts, weights)
     with open_writer(path, manifest) as writer:
         pending = [partition for split in manifest.splits for partition in writer.pending(split)]
         for partition in pending[:stop_after]:

@@ -19,7 +19,15 @@ def loaded_by(code: str) -> set[str]:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], [], ["extract", "--help"], ["--version"], ["predict", "--help"], ["sweep", "--help"]],
+    [
+        ["--help"],
+        [],
+        ["extract", "--help"],
+        ["--version"],
+        ["predict", "--help"],
+        ["sweep", "--help"],
+        ["table", "--help"],
+    ],
 )
 def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
     code = f"from mmdiff_cache.cli.app import run\nassert run({arguments!r}) == 0"

@@ -209,6 +209,16 @@ def test_ignored_pixels_cannot_hurt() -> None:
     assert SaliencyMetric().update(wild, void) == expected
 
 
+def test_a_void_mask_does_not_count() -> None:
+    """As rightly predicted background it would be a perfect score."""
+    metric, (prediction, mask) = SaliencyMetric(), saliency_maps(1)[0]
+    assert metric.update(prediction, np.full_like(mask, 255)) == {}
+    with pytest.raises(DataError, match="known pixel"):
+        metric.scores()
+    own = metric.update(prediction, mask)
+    assert metric.scores() == {**own, "samples": 1}
+
+
 @pytest.mark.parametrize("value", [-0.1, 1.5, np.nan])
 def test_saliency_wants_probabilities(value: float) -> None:
     with pytest.raises(DataError, match="sigmoid"):

@@ -2,14 +2,16 @@
 
 import importlib.util
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from traceback import extract_tb
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from mmdiff_cache.config import Config, TrainConfig
 from mmdiff_cache.datasets.concepts import PRESETS
-from mmdiff_cache.errors import ConfigError
+from mmdiff_cache.errors import ConfigError, MMDiffError
 
 if TYPE_CHECKING:
     from mmdiff_cache.experiments.table import Table
@@ -78,7 +80,8 @@ def _call(file: Path, verb: str, wanted: str, *arguments: Any) -> Any:
         raise ConfigError(
             f"{file} has no function {verb}(); a recipe for '{verb}' returns a {wanted} from it"
         )
-    return function(*arguments)
+    with _a_recipes_own_fault(file):
+        return function(*arguments)
 
 
 def _from_recipe(kind: type[C], verb: str, file: Path) -> C:
@@ -96,13 +99,22 @@ def _load(file: Path) -> ModuleType:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    try:
+    with _a_recipes_own_fault(file):
         spec.loader.exec_module(module)
-    except ConfigError:
+    return module
+
+
+@contextmanager
+def _a_recipes_own_fault(file: Path) -> Generator[None]:
+    """What goes wrong in a recipe as one line that says where."""
+    try:
+        yield
+    except MMDiffError:
         raise
     except Exception as error:
-        raise ConfigError(f"{file} cannot be run: {type(error).__name__}: {error}") from error
-    return module
+        lines = [one.lineno for one in extract_tb(error.__traceback__) if Path(one.filename) == file]
+        where = f", line {lines[-1]}" if lines else ""
+        raise ConfigError(f"{file}{where} cannot be run: {type(error).__name__}: {error}") from error
 
 
 def parse_assignments(assignments: Sequence[str]) -> dict[str, str]:

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from mmdiff_cache.cli.configuration import read_sweep
-from mmdiff_cache.cli.console import next_command, out, print_json, progress_bar, safe, say, warn
+from mmdiff_cache.cli.console import next_command, print_json, progress_bar, say, warn
 
 SOME_FAILED = 3
 
@@ -39,9 +39,9 @@ def sweep(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
 ) -> None:
     """Train many configurations that read the store together. Safe to stop and run again."""
-    from mmdiff_cache.cli.tables import new_table
+    from mmdiff_cache.cli.tables import show_by_task
     from mmdiff_cache.sweeps import run
-    from mmdiff_cache.sweeps.plan import default_folder, plan_sweep
+    from mmdiff_cache.sweeps.plan import by_reason, default_folder, plan_sweep
 
     configs = read_sweep(config, set_ or [])
     plan = plan_sweep(configs, out_ or default_folder(config), memory_bytes=memory, evaluate=evaluate)
@@ -50,16 +50,12 @@ def sweep(
         return
     with progress_bar("sweep") as advance:
         result = run.sweep(plan, workers=workers, scheduler=scheduler, progress=advance)
+    show_by_task(result.table)
     if result.table.rows:
-        shown = new_table(*map(safe, result.table.header()))
-        for row in result.table.cells():
-            shown.add_row(*map(safe, row))
-        out.print()
-        out.print(shown)
         say(f"\ntable  {result.path / run.CSV}\nplot   {result.path / run.PLOT}")
-    next_command("mmdiff-cache", "compare", str(result.path))
-    for name, reason in result.failed.items():
-        warn(f"{name}: {reason}")
+        next_command("mmdiff-cache", "compare", str(result.path))
+    for line in by_reason(result.failed):
+        warn(line)
     if result.failed:
         raise typer.Exit(SOME_FAILED)
 
@@ -71,14 +67,10 @@ def compare(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")] = False,
 ) -> None:
     """Put runs side by side: what differs in their configurations, scores, parameters, steps, seconds."""
-    from mmdiff_cache.cli.tables import new_table
+    from mmdiff_cache.cli.tables import show_by_task
     from mmdiff_cache.sweeps import compare as side_by_side
 
     found = side_by_side(runs)
     if as_json:
         return print_json(found.to_json())
-    table = new_table(*map(safe, found.header()))
-    for row in found.cells():
-        table.add_row(*map(safe, row))
-    out.print(table)
-    return None
+    return show_by_task(found)

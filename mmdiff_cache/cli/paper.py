@@ -6,10 +6,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mmdiff_cache.cli.configuration import parse_assignments, parse_named, parse_seeds, read_table
-from mmdiff_cache.cli.console import out, progress_bar, safe, say, warn
+from mmdiff_cache.cli.console import next_command, out, progress_bar, safe, say, warn
 
 if TYPE_CHECKING:
     from mmdiff_cache.experiments.outcome import TableResult
+
+SOME_FAILED = 3
 
 
 def table(
@@ -82,7 +84,15 @@ def table(
     if dry_run:
         return say(str(plan.timed()))
     say(str(plan))
-    return _show(run_table(plan, say=say, bar=progress_bar, memory=memory))
+    result = run_table(plan, say=say, bar=progress_bar, memory=memory)
+    _show(result)
+    if any(one.runs for one in result.outcomes):
+        next_command("mmdiff-cache", "compare", str(plan.folder))
+    for line in result.failed:
+        warn(f"not run: {line}")
+    if result.broken:
+        raise typer.Exit(SOME_FAILED)
+    return None
 
 
 def _show(result: "TableResult") -> None:
@@ -98,8 +108,6 @@ def _show(result: "TableResult") -> None:
     say(f"\ntable  {result.path / report.MARKDOWN}")
     if (result.path / report.PLOT).exists():
         say(f"plot   {result.path / report.PLOT}")
-    for line in result.failed:
-        warn(f"not run: {line}")
 
 
 def _print(title: str, header: list[str], lines: list[list[str]]) -> None:

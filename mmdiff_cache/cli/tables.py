@@ -2,9 +2,9 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, Self
 
 from rich.table import Table
 
@@ -22,6 +22,8 @@ from mmdiff_cache.store.summary import (
     summarize,
 )
 
+WIDEST = 10_000
+"""Columns that a table of scores may have in a file or a pipe."""
 UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 
 
@@ -84,6 +86,50 @@ def new_table(*columns: str) -> Table:
     for column in columns:
         table.add_column(column, overflow="fold")
     return table
+
+
+class ScoreTable(Protocol):
+    """Scores of trainings, as `sweep` and `compare` give them."""
+
+    @property
+    def protocols(self) -> Sequence[str]:
+        """How they were taken."""
+        ...
+
+    def header(self) -> list[str]:
+        """Titles of the cells."""
+        ...
+
+    def cells(self) -> list[list[str]]:
+        """A line a row."""
+        ...
+
+    def by_task(self) -> Mapping[str, Self]:
+        """The part of each task."""
+        ...
+
+
+def show_by_task(scores: ScoreTable) -> None:
+    """A table a task, and how the scores were taken. Into a file or a pipe each row goes as one line."""
+    parts = scores.by_task()
+    for task, part in parts.items():
+        out.print(f"\n[bold]{safe(task)}[/]" if len(parts) > 1 else "")
+        table = new_table(*map(safe, part.header()))
+        for row in part.cells():
+            table.add_row(*map(safe, row))
+        if out.is_terminal:
+            out.print(table)
+        else:
+            _print_whole(table)
+    if scores.protocols:
+        say("\n" + "\n".join(scores.protocols))
+
+
+def _print_whole(table: Table) -> None:
+    before = out.width
+    out.width = max(before, out.measure(table, options=out.options.update(max_width=WIDEST)).maximum)
+    out.print(table)
+    out.width = before
 
 
 def _print(title: str, table: Table) -> None:

@@ -56,8 +56,10 @@ def _parse_text(text: str) -> Any:
         return text.split(",") if "," in text else text
 
 
-def _build(cls: type[Any], values: Mapping[str, Any], where: str) -> Any:
+def _build(cls: type[Any], values: Any, where: str) -> Any:
     fields = {f.name: f for f in dataclasses.fields(cls)}
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{where} is a group of fields, {', '.join(fields)}; got {values!r}")
     unknown = sorted(set(values) - set(fields))
     if unknown:
         raise ConfigError(f"{where} has no field {unknown[0]!r}; its fields are {', '.join(fields)}")
@@ -85,10 +87,16 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         raise ConfigError(f"{where} must be one of {', '.join(map(str, arguments))}, got {value!r}")
     if origin is tuple:
         items = [value] if isinstance(value, (str, int, float)) else value
+        if not isinstance(items, (list, tuple)):
+            raise ConfigError(f"{where} must be a list, got {value!r}")
         if arguments[0] in (int, float):  # '0.26,0.52' was split, not read: block addresses may be numbers
             items = [_parse_text(item) if isinstance(item, str) else item for item in items]
+        if arguments[0] is str:  # ... and '11' was read: a block address all the same
+            items = [str(item) if type(item) is int else item for item in items]
         return tuple(_convert(arguments[0], item, where) for item in items)
     if origin in (dict, Mapping):
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{where} must be a mapping of names to values, got {value!r}")
         return {key: _convert(arguments[1], item, where) for key, item in dict(value).items()}
     if dataclasses.is_dataclass(hint):
         return value if isinstance(value, hint) else _build(typing.cast(type, hint), value, where)  # type: ignore[arg-type]

@@ -166,29 +166,9 @@ class TrainConfig(Config):
     """Bytes of decoded samples that are kept, so that a small store is read only once; 0 keeps none."""
 
     def __post_init__(self) -> None:
-        for t in self.timesteps or ():
-            require(0.0 <= t <= 1.0, f"timesteps lie in [0, 1] (1 = pure noise), got {t:g}")
-        tasks = self.task.count("+") + 1
-        require(not self.disjoint or tasks > 1, "disjoint deals samples to several tasks, got one")
-        for name in ("mixing", "loss_weights"):
-            shares = getattr(self, name)
-            require(
-                shares is None or (len(shares) == tasks and min(shares) > 0),
-                f"{name} needs a positive number for each of the {tasks} tasks, got {shares}",
-            )
-        for name in ("timesteps", "layers", "variants"):
-            values = getattr(self, name)
-            require(values is None or len(values) > 0, f"{name} must not be empty")
-        for channel in self.drop_channels:
-            require(channel >= 0, f"drop_channels are counted from 0, got {channel}")
-        require(self.subset_seed >= 0, f"subset_seed must not be negative, got {self.subset_seed}")
-        for name in (
-            "steps", "batch_size", "limit", "decoder_width", "clip", "accumulate", "checks", "patience",
-            "balance_steps",
-        ):  # fmt: skip
-            value = getattr(self, name)
-            require(value is None or value > 0, f"{name} must be positive, got {value}")
-        require(0.0 <= self.holdout < 1.0, f"holdout must lie in [0, 1), got {self.holdout:g}")
+        self._check_tasks()
+        self._check_choices()
+        self._check_numbers()
         require(
             self.patience is None or self.holdout > 0,
             f"patience needs held-out samples to watch, got holdout=0; --set holdout=0.1, "
@@ -198,7 +178,46 @@ class TrainConfig(Config):
             self.batch_size is None or self.accumulate <= self.batch_size,
             f"accumulate must be at most batch_size ({self.batch_size}), got {self.accumulate}",
         )
-        require(self.learning_rate > 0, f"learning_rate must be positive, got {self.learning_rate:g}")
+
+    def _check_tasks(self) -> None:
+        """What several tasks alone can have."""
+        tasks = self.task.count("+") + 1
+        require(not self.disjoint or tasks > 1, "disjoint deals samples to several tasks, got one")
+        for name in ("mixing", "loss_weights"):
+            shares = getattr(self, name)
+            require(shares is None or tasks > 1, f"{name} is of several tasks, got one; leave it out")
+            require(
+                shares is None or (len(shares) == tasks and min(shares) > 0 and max(shares) < float("inf")),
+                f"{name} needs a positive number for each of the {tasks} tasks, got {shares}",
+            )
+
+    def _check_choices(self) -> None:
+        """What is read of a sample."""
+        for t in self.timesteps or ():
+            require(0.0 <= t <= 1.0, f"timesteps lie in [0, 1] (1 = pure noise), got {t:g}")
+        for name in ("timesteps", "layers", "variants"):
+            values = getattr(self, name)
+            require(values is None or len(values) > 0, f"{name} must not be empty")
+        for channel in self.drop_channels:
+            require(channel >= 0, f"drop_channels are counted from 0, got {channel}")
+
+    def _check_numbers(self) -> None:
+        """Numbers and their ranges."""
+        for name in (
+            "steps", "batch_size", "limit", "decoder_width", "clip", "accumulate", "checks", "patience",
+            "balance_steps",
+        ):  # fmt: skip
+            value = getattr(self, name)
+            require(value is None or value > 0, f"{name} must be positive, got {value}")
+        rate = self.learning_rate
+        require(0.0 < rate < float("inf"), f"learning_rate must be positive, got {rate:g}")
+        for name in ("weight_decay", "decoder_rate"):
+            value = getattr(self, name)
+            require(0.0 <= value < float("inf"), f"{name} must not be negative, got {value:g}")
+        require(0.0 <= self.holdout < 1.0, f"holdout must lie in [0, 1), got {self.holdout:g}")
+        for name in ("seed", "order_seed", "subset_seed"):
+            value = getattr(self, name)
+            require(value is None or 0 <= value < 2**64, f"{name} must be 0 to 2^64 - 1, got {value}")
 
     @property
     def reading_seed(self) -> int:

@@ -13,6 +13,8 @@ from mmdiff_cache.records import Sample
 EMPTY = "empty"
 ORACLE = "oracle"
 """Prompts of this kind name what the labels ask for: scores with them are an upper bound and say so."""
+FROM_FILE = "file sha256:"
+"""How the identity of prompts from a file begins."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,7 +77,7 @@ def open_prompts(rule: str, kinds: Sequence[str]) -> PromptRule:
     table = parse_table(content, path)
     if not table:
         raise DataError(f'{path} holds no prompts; each line is {{"sample_id": ..., "prompt": ...}}')
-    return PromptRule(kind=rule, identity=f"file sha256:{hashlib.sha256(content).hexdigest()}", table=table)
+    return PromptRule(kind=rule, identity=FROM_FILE + hashlib.sha256(content).hexdigest(), table=table)
 
 
 def parse_table(content: bytes, path: Path) -> dict[str, str]:

@@ -29,6 +29,8 @@ class Outcome:
     """Folder of each seed's training."""
     scores: Mapping[str, Spread]
     """By metric as in the paper; empty where it was not run."""
+    expected: bool
+    """Whether the plan had all that it takes."""
     reason: str | None
     """Why it was not run, or not by every seed."""
 
@@ -66,6 +68,11 @@ class TableResult:
         return group_reasons(
             {(one.row, one.task): one.reason for one in self.outcomes if one.reason is not None}
         )
+
+    @property
+    def broken(self) -> bool:
+        """Whether something failed that could have been run."""
+        return any(one.expected and one.reason is not None for one in self.outcomes)
 
     @property
     def claims(self) -> tuple[Claim, ...]:

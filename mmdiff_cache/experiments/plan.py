@@ -7,13 +7,12 @@ from pathlib import Path
 
 from mmdiff_cache.backbones.registry import describe
 from mmdiff_cache.errors import ConfigError, MMDiffError
+from mmdiff_cache.experiments.needs import Need, fewest, needs_of
 from mmdiff_cache.experiments.stores import (
     Absence,
-    Need,
     extraction,
-    fewest,
+    finished_store,
     in_one_line,
-    needs_of,
     plan_store,
     published_bytes,
     samples_of,
@@ -43,10 +42,12 @@ class PlannedTraining:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlannedStore:
-    """A store to make, or to find finished."""
+    """A store to make, or that is there."""
 
     need: Need
-    extraction: ExtractionPlan
+    path: Path
+    extraction: ExtractionPlan | None
+    """None for a finished one whose data set or weights are not here: nothing more can be added to it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,7 +95,10 @@ class TablePlan:
 
     def timed(self) -> "TablePlan":
         """The same with the time of every extraction, where two blocks must be timed for it."""
-        stores = (replace(one, extraction=with_time(one.extraction)) for one in self.stores)
+        stores = (
+            one if one.extraction is None else replace(one, extraction=with_time(one.extraction))
+            for one in self.stores
+        )
         return replace(self, stores=tuple(stores))
 
     def __str__(self) -> str:
@@ -124,16 +128,18 @@ def plan_table(
     out, table = out.expanduser().absolute(), table.only(rows) if rows else table
     chosen = tuple(task for task in table.tasks if not tasks or task in tasks)
     absence = Absence(world, download=download)
+    kept: dict[Need, Path] = {}
     trainings = [
-        _look(row, training, world, absence)
+        _look(row, training, world, absence, kept)
         for row in table.rows
         for training in row.trainings
         if set(training.tasks) & set(chosen)
     ]
-    stores, refused = _plan_stores(
-        fewest(need for one in trainings if one.reason is None for need in one.needs), world
-    )
-    lacking = [need for one in trainings for need in one.needs if absence.without_encoders(need)]
+    needs = [need for one in trainings if one.reason is None for need in one.needs if need not in kept]
+    stores, refused = _plan_stores(fewest(needs), world)
+    lacking = [
+        need for one in trainings for need in one.needs if need not in kept and absence.without_encoders(need)
+    ]
     return TablePlan(
         table=table,
         world=world,
@@ -141,7 +147,10 @@ def plan_table(
         out=out / _part_name(name, [*rows, *tasks]),
         folder=out / "trainings",
         trainings=tuple(refuse(one, refused) for one in trainings),
-        stores=stores,
+        stores=(
+            *(PlannedStore(need=need, path=path, extraction=None) for need, path in kept.items()),
+            *stores,
+        ),
         missing=tuple(_missing(need, world) for need in fewest(lacking)),
     )
 
@@ -152,11 +161,17 @@ def refuse(planned: PlannedTraining, refused: Mapping[Need, str]) -> PlannedTrai
     return planned if planned.reason else replace(planned, reason=next(reasons, None))
 
 
-def _look(row: Row, training: Training, world: World, absence: Absence) -> PlannedTraining:
+def _look(
+    row: Row, training: Training, world: World, absence: Absence, kept: dict[Need, Path]
+) -> PlannedTraining:
+    """What a training needs, and what it lacks; `kept` gets the stores that make up for that."""
     needs: tuple[Need, ...] = ()
     try:
         needs = needs_of(training, world)
-        reason = next((why for why in map(absence.of, needs) if why is not None), None)
+        lacking = {need: why for need in needs if (why := absence.of(need)) is not None}
+        found = {need: path for need in lacking if (path := finished_store(need, world)) is not None}
+        kept |= found
+        reason = next((why for need, why in lacking.items() if need not in found), None)
     except MMDiffError as error:
         reason = in_one_line(error)
     return PlannedTraining(row=row, training=training, needs=needs, reason=reason)
@@ -174,11 +189,11 @@ def _plan_stores(needs: tuple[Need, ...], world: World) -> tuple[tuple[PlannedSt
     refused: dict[Need, str] = {}
     for need in needs:
         try:
-            planned = plan_store(need, world, {one.extraction.store for one in stores})
+            planned = plan_store(need, world, {one.path for one in stores})
         except MMDiffError as error:
             refused[need] = in_one_line(error)
         else:
-            stores.append(PlannedStore(need=need, extraction=planned))
+            stores.append(PlannedStore(need=need, path=planned.store, extraction=planned))
     return tuple(stores), refused
 
 
@@ -204,7 +219,7 @@ def _lines(plan: TablePlan) -> list[tuple[str, str]]:
         ("table", plan.table.title),
         ("world", f"{world.name}: {', '.join(data)}; {', '.join(backbones)}"),
         ("rows", f"{len(plan.table.rows)}, seeds {' '.join(map(str, world.seeds))}"),
-        *(("store", _store_words(one.extraction)) for one in plan.stores),
+        *(("store", line) for line in dict.fromkeys(map(_store_words, plan.stores))),
         *(("missing", _missing_words(one)) for one in plan.missing),
         ("trainings", f"{runs}{_steps(plan)}, in {plan.folder}"),
         *(("not run", line) for line in plan.not_run),
@@ -218,7 +233,10 @@ def _steps(plan: TablePlan) -> str:
     return f", {sum(known) * len(plan.world.seeds):,} steps" if len(known) == len(steps) else ""
 
 
-def _store_words(plan: ExtractionPlan) -> str:
+def _store_words(store: PlannedStore) -> str:
+    plan = store.extraction
+    if plan is None:
+        return f"{store.path}: finished, used as it is (what it was made from is not all here)"
     maps = f"{len(plan.schema.layers)} layers x {len(plan.schema.timesteps)} t"
     left = plan.total - plan.done
     if not left:

@@ -16,13 +16,15 @@ from mmdiff_cache.errors import (
     CheckpointError,
     ConfigError,
     DataError,
+    MMDiffError,
     StorageRefused,
     StoreError,
 )
+from mmdiff_cache.experiments.needs import Need, store_for
 from mmdiff_cache.experiments.outcome import Outcome, TableResult, spreads, test_scores
 from mmdiff_cache.experiments.plan import PlannedStore, PlannedTraining, TablePlan, refuse
 from mmdiff_cache.experiments.report import write_report
-from mmdiff_cache.experiments.stores import Need, in_one_line, store_for
+from mmdiff_cache.experiments.stores import in_one_line
 from mmdiff_cache.extraction.run import extract
 from mmdiff_cache.records import Progress
 from mmdiff_cache.sweeps.differences import digest
@@ -76,7 +78,11 @@ def run_table(plan: TablePlan, *, say: Say, bar: Bar, memory: int | None = None)
         world=plan.world.name,
         table=plan.table,
         tasks=plan.tasks,
-        outcomes=tuple(outcome for one in trainings for outcome in _outcomes(one, plan.tasks, asked, runs)),
+        outcomes=tuple(
+            replace(outcome, expected=planned.reason is None)
+            for planned, one in zip(plan.trainings, trainings, strict=True)
+            for outcome in _outcomes(one, plan.tasks, asked, runs)
+        ),
     )
     write_report(result)
     return result
@@ -89,7 +95,11 @@ def _extract_all(
     made: dict[Need, Path] = {}
     refused: dict[Need, str] = {}
     for one in stores:
-        say(f"\n{one.extraction}")
+        if one.extraction is None:
+            made[one.need] = one.path
+            continue
+        if one.extraction.done < one.extraction.total:
+            say(f"\n{one.extraction}")
         try:
             with bar("extract") as progress:
                 store = extract(one.extraction, progress)
@@ -123,11 +133,21 @@ class _Runs:
     """The sweep over all trainings, and what it made of each."""
 
     def __init__(self, configs: Sequence[TrainConfig], folder: Path, memory: int | None) -> None:
-        self._plan = plan_sweep(configs, folder, memory_bytes=memory) if configs else None
+        self._refused: dict[str, str] = {}
+        self._codes: dict[str, str] = {}
+        once: dict[str, TrainConfig] = {}  # two rows may spell the same training differently
+        for config in configs:
+            try:
+                self._codes[_key(config)] = digest(resolve(config))
+            except MMDiffError as error:
+                self._refused[_key(config)] = in_one_line(error)
+            else:
+                once.setdefault(self._codes[_key(config)], config)
+        self._plan = plan_sweep(list(once.values()), folder, memory_bytes=memory) if once else None
         self._failed: Mapping[str, str] = {}
         refused = {} if self._plan is None else self._plan.refused  # by '3. depth', counted from 1
-        numbers = {int(name.partition(".")[0]): reason for name, reason in refused.items()}
-        self._refused = {_key(configs[number - 1]): reason for number, reason in numbers.items()}
+        for name, reason in refused.items():
+            self._refused[list(once)[int(name.partition(".")[0]) - 1]] = reason
 
     def __str__(self) -> str:
         return str(self._plan)
@@ -150,10 +170,10 @@ class _Runs:
 
     def find(self, config: TrainConfig) -> PlannedRun | str:
         """The finished training, or why there is none."""
-        if (key := _key(config)) in self._refused:
-            return self._refused[key]
+        code = self._codes.get(_key(config), _key(config))
+        if code in self._refused:
+            return self._refused[code]
         assert self._plan is not None
-        code = digest(resolve(config))  # two rows may spell the same training differently
         run = next(run for run in self._plan.runs if digest(run.config) == code)
         if run.name in self._failed:
             return self._failed[run.name]
@@ -210,5 +230,6 @@ def _outcome(
         paper=one.row.paper.get(task, {}),
         runs={seed: done[seed].folder for seed in scores},
         scores=spreads(list(scores.values()), task, dataset),
+        expected=one.reason is None,
         reason=reason,
     )

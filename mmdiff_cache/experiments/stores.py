@@ -1,8 +1,8 @@
-"""The stores that trainings need: what each has to hold, how few bytes do it, and what is there already."""
+"""Where the stores of a table lie: what is there already, what has to be extracted, what cannot be had."""
 
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterator
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 
@@ -13,14 +13,13 @@ from mmdiff_cache.datasets.concepts import PRESETS
 from mmdiff_cache.datasets.registry import find_dataset
 from mmdiff_cache.encoders import weights as encoder_weights
 from mmdiff_cache.encoders.registry import describe_encoder
-from mmdiff_cache.errors import ConfigError, MMDiffError, StoreError
-from mmdiff_cache.experiments.table import Training
-from mmdiff_cache.experiments.world import CLEAREST, World
+from mmdiff_cache.errors import MMDiffError, StoreError
+from mmdiff_cache.experiments.needs import Need
+from mmdiff_cache.experiments.world import World
 from mmdiff_cache.extraction.plan import ExtractionPlan, plan
-from mmdiff_cache.loader.inputs import CROSS_ATTENTION, NO_CONCEPTS
-from mmdiff_cache.store.manifest import MANIFEST, compare, read_manifest
-from mmdiff_cache.tasks import find_task
-from mmdiff_cache.training.unified import VOCABULARY
+from mmdiff_cache.extraction.resolve import recorded, resolve
+from mmdiff_cache.store.manifest import MANIFEST, Manifest, compare, read_manifest
+from mmdiff_cache.store.records import record_path
 
 IDENTITY = (
     "dataset", "backbone", "prompts", "dtype", "quantisation", "resolution", "fit", "noise", "guidance",
@@ -29,96 +28,6 @@ IDENTITY = (
 """Fields of the configuration that decide what is stored; `extract` compares the weights themselves."""
 QUANTISED = "int8"
 """A codec that changes values; no table reads it."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Need:
-    """What trainings read of one data set's store of one backbone."""
-
-    dataset: str
-    backbone: str
-    layers: frozenset[str]
-    timesteps: frozenset[float]
-    draws: int
-    vocabularies: frozenset[str]
-    encoders: frozenset[str]
-    """Names or folders, as `extract` takes them."""
-    cross_attention: bool
-
-    @property
-    def maps(self) -> int:
-        """Maps of hidden states a sample."""
-        return len(self.layers) * len(self.timesteps) * self.draws
-
-    def joined(self, other: "Need") -> "Need":
-        """What holds both."""
-        return replace(
-            self,
-            layers=self.layers | other.layers,
-            timesteps=self.timesteps | other.timesteps,
-            draws=max(self.draws, other.draws),
-            vocabularies=self.vocabularies | other.vocabularies,
-            encoders=self.encoders | other.encoders,
-            cross_attention=self.cross_attention or other.cross_attention,
-        )
-
-    def holds(self, other: "Need") -> bool:
-        """Whether all of another is in it."""
-        same = (self.dataset, self.backbone) == (other.dataset, other.backbone)
-        return same and self.joined(other) == self
-
-
-def needs_of(training: Training, world: World) -> tuple[Need, ...]:
-    """What a training reads, one need for each of its tasks, in their order.
-
-    Raises ConfigError for a vocabulary that has no preset, or a backbone that is not known.
-    """
-    config, info = training.config, describe(training.backbone)
-    of_backbone = config.source == "hidden_states"
-    several = len(training.tasks) > 1
-    needs: list[Need] = []
-    for task, dataset in zip(training.tasks, training.datasets, strict=True):
-        words = config.concepts or (VOCABULARY if several else find_task(task).vocabulary)
-        if words not in (NO_CONCEPTS, CROSS_ATTENTION, *PRESETS):
-            raise ConfigError(f"concepts {words!r} are not known; there are {', '.join(PRESETS)}")
-        # other sources are stored with any features: the least of them
-        layers = config.layers or info.layers if of_backbone else info.layers[-1:]
-        timesteps = config.timesteps or info.timesteps if of_backbone else CLEAREST
-        info.check_layers(layers)
-        needs.append(
-            Need(
-                dataset=dataset,
-                backbone=training.backbone,
-                layers=frozenset(layers),
-                timesteps=frozenset(timesteps),
-                draws=1 + max(config.variants or (0,)),
-                vocabularies=frozenset((words,)) - {NO_CONCEPTS, CROSS_ATTENTION},
-                encoders=frozenset(
-                    world.encoder if e == world.encoder_name else e for e in config.discriminative
-                ),
-                cross_attention=words == CROSS_ATTENTION,
-            )
-        )
-    return tuple(needs)
-
-
-def fewest(needs: Iterable[Need]) -> tuple[Need, ...]:
-    """Stores that hold all needs, joined where that takes no more maps than apart.
-
-    A store has all of its layers at all of its timesteps: four double-stream blocks at one t, put beside four
-    single-stream blocks at four, would be stored at all four.
-    """
-    found: list[Need] = []
-    for need in sorted(dict.fromkeys(needs), key=lambda need: -need.maps):
-        for number, other in enumerate(found):
-            whole = other.joined(need)
-            same = (other.dataset, other.backbone) == (need.dataset, need.backbone)
-            if same and whole.maps <= other.maps + need.maps:
-                found[number] = whole
-                break
-        else:
-            found.append(need)
-    return tuple(found)
 
 
 def in_one_line(error: MMDiffError) -> str:
@@ -219,10 +128,7 @@ def _fitting(least: ExtractConfig, folder: Path) -> ExtractionPlan | None:
         stored, planned = read_manifest(folder), plan(replace(least, store=str(folder)))
     except StoreError:
         return None
-    asked = planned.config.to_json()
-    if any(stored.config.get(name) != asked[name] for name in IDENTITY):
-        return None
-    if QUANTISED in (stored.config.get("codec"), asked["codec"]) or dict(stored.splits) != planned.samples:
+    if not _same_identity(stored, planned.config) or dict(stored.splits) != planned.samples:
         return None
     hashes = {encoder.name: encoder.weights_sha256 for encoder in stored.schema.discriminative}
     encoders = tuple(  # a plan reads no weights; `extract` compares them
@@ -235,14 +141,51 @@ def _fitting(least: ExtractConfig, folder: Path) -> ExtractionPlan | None:
         return None
     if planned.done == planned.total:
         return planned
-    begun = {**stored.config, "store": str(folder), "data_root": asked["data_root"]}
-    return plan(ExtractConfig.from_json(begun))
+    return plan(replace(recorded(stored, folder), data_root=planned.config.data_root))
 
 
-def store_for(need: Need, stores: Mapping[Need, Path]) -> Path | None:
-    """The store that holds a need, the smallest of several; None where there is none."""
-    holding = [whole for whole in stores if whole.holds(need)]
-    return stores[min(holding, key=lambda whole: whole.maps)] if holding else None
+def finished_store(need: Need, world: World) -> Path | None:
+    """A finished store that holds a need, found without data set and weights: it may come from elsewhere."""
+    for folder in _places(need):
+        if not (folder / MANIFEST).exists():
+            return None
+        try:
+            stored, asked = read_manifest(folder), resolve(extraction(need, world))
+        except MMDiffError:
+            continue
+        same = _same_identity(stored, asked) and stored.config.get("limit") == world.limit
+        if same and _holds(stored, need) and _finished(folder, stored):
+            return folder
+    return None
+
+
+def _same_identity(stored: Manifest, asked: ExtractConfig) -> bool:
+    """Whether the recorded choices agree, as far as they decide what is stored."""
+    wanted = asked.to_json()
+    lossless = QUANTISED not in (stored.config.get("codec"), asked.codec)
+    return lossless and all(stored.config.get(name) == wanted[name] for name in IDENTITY)
+
+
+def _holds(stored: Manifest, need: Need) -> bool:
+    schema = stored.schema
+    words = {vocabulary.name: vocabulary.concepts for vocabulary in schema.vocabularies}
+    encoders = {encoder.name for encoder in schema.discriminative}
+    return (
+        need.layers <= set(schema.layers)
+        and need.timesteps <= set(schema.timesteps)
+        and need.draws <= sum(not variant.flipped for variant in schema.variants)
+        and all(words.get(name) == PRESETS[name] for name in need.vocabularies)
+        and {describe_encoder(name).name for name in need.encoders} <= encoders
+        and (bool(schema.cross_attention) or not need.cross_attention)
+    )
+
+
+def _finished(folder: Path, stored: Manifest) -> bool:
+    return all(
+        (folder / record_path(partition)).exists()
+        for split in stored.splits
+        for partition in stored.partitions(split)
+    )
 
 
 def published_bytes(need: Need, world: World) -> int:

@@ -17,7 +17,7 @@ from mmdiff_cache.backbones.info import (
 )
 from mmdiff_cache.backbones.registry import BACKBONES, describe
 from mmdiff_cache.config import TrainConfig
-from mmdiff_cache.datasets.registry import find_dataset
+from mmdiff_cache.datasets.registry import DATASETS, find_dataset
 from mmdiff_cache.encoders.registry import ENCODERS, describe_encoder
 from mmdiff_cache.errors import ConfigError
 from mmdiff_cache.experiments.table import METRICS, Training
@@ -148,6 +148,10 @@ def make_world(
     if encoder is not None:
         describe_encoder(encoder)
     steps = dict.fromkeys(METRICS, QUICK_STEPS) if quick else dict(SMALL_STEPS) if small else {}
+    for option, named in (("--data-root", roots), ("--prompts", prompts)):
+        for name in named or {}:
+            if name not in DATASETS:
+                raise ConfigError(f"{option} is for data sets, {', '.join(DATASETS)}; got {name!r}")
     TrainConfig(task="").override(settings or {})
     return World(
         name=_name(chosen, families, limit=limit, quick=quick),

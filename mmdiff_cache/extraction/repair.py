@@ -5,12 +5,11 @@ are durable. The result has the bytes of a store that was never damaged.
 """
 
 import os
-from dataclasses import replace
 from pathlib import Path
 
-from mmdiff_cache.config import ExtractConfig
 from mmdiff_cache.errors import DamageError, StoreError
 from mmdiff_cache.extraction.plan import plan
+from mmdiff_cache.extraction.resolve import recorded
 from mmdiff_cache.extraction.run import extract
 from mmdiff_cache.records import Progress
 from mmdiff_cache.store.growth import restore_metadata
@@ -36,6 +35,5 @@ def repair(path: str | os.PathLike[str], progress: Progress | None = None) -> Ve
             f"{MANIFEST} from a copy (every run folder has one, store.json), or extract into another folder"
         ) from error
     restore_metadata(root)
-    config = replace(ExtractConfig.from_json(manifest.config), store=str(root))
-    extract(plan(config, manifest.splits), progress, redo=found.partitions)
+    extract(plan(recorded(manifest, root), manifest.splits), progress, redo=found.partitions)
     return verify(root, progress=progress)

@@ -4,6 +4,7 @@ import math
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from mmdiff_cache.backbones.info import default_attention
 from mmdiff_cache.backbones.registry import BACKBONES, MAX_TEXT_LENGTH, describe
@@ -15,6 +16,7 @@ from mmdiff_cache.errors import ConfigError
 from mmdiff_cache.extraction.drawing import resolve_generation
 from mmdiff_cache.extraction.measured import device_type
 from mmdiff_cache.extraction.memory import choose_text_pass
+from mmdiff_cache.store.manifest import Manifest
 
 TOKENS_A_BATCH = 4096
 LARGEST_BATCH = 8
@@ -70,6 +72,14 @@ def resolve(config: ExtractConfig) -> ExtractConfig:
         partition_size=partition_size,
         store=_absolute(config.store or str(data_folder() / config.dataset / info.name)),
     )
+
+
+def recorded(manifest: Manifest, store: Path) -> ExtractConfig:
+    """The configuration that a store at this place was planned with, to finish it or to make it again."""
+    config = ExtractConfig.from_json(manifest.config)
+    # the manifest's keys are sorted, and the order of vocabularies is a part of the schema
+    words = {vocabulary.name: vocabulary.concepts for vocabulary in manifest.schema.vocabularies}
+    return replace(config, concepts=words, store=str(store))
 
 
 def _compiles(device: str, quantisation: str) -> bool:

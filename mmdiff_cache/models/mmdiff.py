@@ -88,9 +88,10 @@ def resolve_model(spec: ModelSpec) -> ModelSpec:
     if config.width is None:
         raise ConfigError("aggregator.width is not given; --set aggregator.width=64, say")
     if spec.source == "hidden_states" and config.width >= spec.kept_channels:
+        fitting = max(spec.kept_channels // 2 // config.heads, 1) * config.heads
         raise ConfigError(
             f"aggregator.width must be below the backbone's {spec.kept_channels} channels (Sec. 3.1), "
-            f"got {config.width}; --set aggregator.width={max(spec.kept_channels // 2, 1)}"
+            f"got {config.width}; --set aggregator.width={fitting}"
         )
     if config.kind == "none" and spec.timesteps != 1:
         raise ConfigError(

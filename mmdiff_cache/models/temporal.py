@@ -155,7 +155,7 @@ def add_dropped(
     """
     if rate == 0.0 or x.device.type != "cpu":
         return x + functional.dropout(branch, rate)
-    of_65536 = round(rate * 65536)
+    of_65536 = min(round(rate * 65536), 65535)  # a rate next to 1 keeps some all the same
     words = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
     lots = words.view(torch.int16)[: x.numel()].view(x.shape)
     kept = torch.ge(lots, of_65536 - 32768, out=torch.empty(x.shape, dtype=x.dtype))

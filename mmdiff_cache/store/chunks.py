@@ -62,9 +62,9 @@ class ChunkReader:
                     future.cancel()
                 wait(futures)  # no file may be closed, and no target given back, under a task that reads
 
-    def _open(self, name: str, layout: ShardLayout) -> "_OpenShard":
+    def _open(self, name: str, layout: ShardLayout) -> "OpenShard":
         self._evidence.check_file(name)
-        shard = _OpenShard(self._root / name, layout)
+        shard = OpenShard(self._root / name, layout)
         try:
             shard.places = self._places(name, shard)
         except BaseException:
@@ -72,7 +72,7 @@ class ChunkReader:
             raise
         return shard
 
-    def _places(self, name: str, shard: "_OpenShard") -> NDArray[np.uint64]:
+    def _places(self, name: str, shard: "OpenShard") -> NDArray[np.uint64]:
         """The index of a shard, kept as long as the file is the same: one written anew may have another."""
         stamp = shard.stamp()
         known, places = self._indexes.get(name, (None, None))
@@ -85,7 +85,7 @@ class ChunkReader:
         return places
 
 
-class _OpenShard:
+class OpenShard:
     """A shard's file while its chunks are read."""
 
     def __init__(self, path: Path, layout: ShardLayout) -> None:
@@ -132,7 +132,7 @@ class _OpenShard:
         """Close the file."""
         os.close(self._descriptor)
 
-    def __enter__(self) -> "_OpenShard":
+    def __enter__(self) -> "OpenShard":
         return self
 
     def __exit__(

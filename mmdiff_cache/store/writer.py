@@ -85,8 +85,8 @@ def open_writer(path: str | os.PathLike[str], manifest: Manifest, *, append: boo
     """
     root = Path(path)
     numcodecs.blosc.use_threads = False  # with threads, a chunk's bytes depend on how many there are
-    _check_folder(root)
     with storage_errors(root):
+        _check_folder(root)
         make_folders(root)
         lock = StoreLock(root)
     try:

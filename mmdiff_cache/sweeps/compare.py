@@ -10,6 +10,7 @@ from mmdiff_cache.config import filled
 from mmdiff_cache.errors import CheckpointError, ConfigError
 from mmdiff_cache.sweeps.differences import differing, flat, show
 from mmdiff_cache.sweeps.results import RunResult, read_result
+from mmdiff_cache.sweeps.table import protocols, shown_scores
 from mmdiff_cache.training.checkpoint import LAST
 
 RECORD = "sweep.json"
@@ -25,7 +26,7 @@ class Comparison:
 
     def header(self) -> list[str]:
         """Titles of `cells`."""
-        scores = [f"{where} {name}" for where, name in self._scores]
+        scores = [f"{where} {name}" for where, name in self._shown]
         return ["run", *self.columns, *scores, "parameters", "steps", "seconds"]
 
     def cells(self) -> list[list[str]]:
@@ -34,7 +35,7 @@ class Comparison:
             [
                 run.path.name,
                 *(show(name, flat(run.config).get(name)) for name in self.columns),
-                *(_number(_scores_of(run, where).get(name)) for where, name in self._scores),
+                *(_number(run.scores.get(where, {}).get(name)) for where, name in self._shown),
                 f"{run.parameters:,}",
                 str(run.step) if run.finished else f"{run.step} of {filled(run.config.steps)}",
                 "-" if run.seconds is None else f"{run.seconds:.0f}",
@@ -43,26 +44,24 @@ class Comparison:
         ]
 
     @property
-    def _scores(self) -> list[tuple[str, str]]:
-        """Headlines first held out, then on the evaluated splits with all that is no class's own."""
-        held_out = dict.fromkeys(
-            ("held-out", name) for run in self.runs if run.held_out for name in run.headlines
-        )
-        tested = dict.fromkeys(
-            (run.split or "", name)
-            for run in self.runs
-            for name in sorted(run.test, key=lambda name: name not in run.headlines)
-            if "." not in name or name in run.headlines
-        )
-        return [*held_out, *tested]
+    def _shown(self) -> list[tuple[str, str]]:
+        return shown_scores((run.scores, run.headlines) for run in self.runs)
+
+    @property
+    def protocols(self) -> tuple[str, ...]:
+        """How the scores were taken, in words."""
+        return protocols(self.runs)
+
+    def by_task(self) -> dict[str, "Comparison"]:
+        """The runs of each task side by side, for tasks have different scores."""
+        found: dict[str, list[RunResult]] = {}
+        for run in self.runs:
+            found.setdefault(run.config.task, []).append(run)
+        return {task: _side_by_side(runs) for task, runs in found.items()}
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
         return {"differs": list(self.columns), "runs": [run.to_json() for run in self.runs]}
-
-
-def _scores_of(run: RunResult, where: str) -> dict[str, float]:
-    return dict(run.held_out if where == "held-out" else run.test if where == run.split else {})
 
 
 def _number(value: float | None) -> str:
@@ -77,8 +76,19 @@ def compare(paths: Sequence[str | Path]) -> Comparison:
     folders = dict.fromkeys(folder for path in paths for folder in _runs(Path(path).expanduser()))
     if not folders:
         raise ConfigError("compare needs at least one run that has reached a checkpoint")
-    results = tuple(read_result(folder) for folder in folders)
-    return Comparison(columns=differing([result.config for result in results]), runs=results)
+    return _side_by_side([read_result(folder) for folder in folders])
+
+
+def _side_by_side(runs: Sequence[RunResult]) -> Comparison:
+    names = differing([run.config for run in runs])
+    rows = [flat(run.config) for run in runs]
+    # `concept_maps.timesteps`, say, is resolved to `timesteps` where it was left out
+    follow = {
+        name for name in names if all(row.get(name) == row.get(name.rsplit(".", 1)[-1]) for row in rows)
+    }
+    return Comparison(
+        columns=tuple(name for name in names if "." not in name or name not in follow), runs=tuple(runs)
+    )
 
 
 def _runs(path: Path) -> list[Path]:

@@ -92,11 +92,25 @@ def _kept_for_backward(model: nn.Module, inputs: tuple[object, ...]) -> int:
 
 def batch_bytes(setups: Sequence[Setup]) -> int:
     """Bytes of the hidden states of a batch of every part, read for all; other sources are small."""
+    return filled(setups[0].config.batch_size) * sum(size for _, size in _streams(setups))
+
+
+def reading_bytes(setups: Sequence[Setup]) -> int:
+    """Bytes of a reading where it is decoded: batches at once, and the samples that are kept for the next
+    epoch.
+    """
+    everything = sum(count * size for count, size in _streams(setups))
+    kept = min(max(setup.config.memory for setup in setups), everything)
+    return BATCHES_HELD * batch_bytes(setups) + max(kept, 0)
+
+
+def _streams(setups: Sequence[Setup]) -> list[tuple[int, int]]:
+    """For each part what is read for all: samples, and bytes of the hidden states of one."""
     first = setups[0]
     if first.config.source != "hidden_states":
-        return 0
+        return []
     several = [[setup.parts[number].samples for setup in setups] for number in range(len(first.parts))]
-    return filled(first.config.batch_size) * sum(map(_sample_bytes, several))
+    return [(len(samples[0]), _sample_bytes(samples)) for samples in several]
 
 
 def _sample_bytes(several: Sequence[CachedFeatureDataset]) -> int:

@@ -10,13 +10,13 @@ from pathlib import Path
 import torch
 
 from mmdiff_cache.config import TrainConfig, filled
-from mmdiff_cache.errors import MMDiffError
+from mmdiff_cache.errors import MMDiffError, StorageError
 from mmdiff_cache.records import Progress
-from mmdiff_cache.sweeps.results import SCORES
-from mmdiff_cache.sweeps.shared import read_together, share_of, shared_reading
+from mmdiff_cache.sweeps.results import SCORES, is_scored
+from mmdiff_cache.sweeps.shared import lean, read_together, share_of, shared_reading
 from mmdiff_cache.tasks import Task
 from mmdiff_cache.training import checkpoint
-from mmdiff_cache.training.build import Part, Setup, open_dataset, set_up
+from mmdiff_cache.training.build import Part, Setup, open_dataset
 from mmdiff_cache.training.checkpoint import EMA, LAST
 from mmdiff_cache.training.folder import open_folder
 from mmdiff_cache.training.loop import run_loop
@@ -45,17 +45,19 @@ class Job:
         return max(filled(config.steps) for config in self.configs)
 
 
-def run_part(job: Job, progress: Progress) -> dict[str, str]:
+def run_part(job: Job, progress: Progress, known: Mapping[Path, Setup] | None = None) -> dict[str, str]:
     """Train what is not finished, score what is not scored; the reasons of what failed, by folder.
 
-    Raises nothing that is one run's own affair, and leaves finished runs as they are.
+    Raises nothing that is one run's own affair, and leaves finished runs as they are. `known` are the setups
+    of this process, by folder.
     """
     failed: dict[str, str] = {}
-    setups, unfinished = _set_up_all(job.configs, failed)
+    setups, unfinished = _set_up_all(job.configs, known or {}, failed)
     if unfinished:
         failed |= _train({folder: setups[folder] for folder in unfinished}, progress)
     if job.test_split is not None:
-        rest = {f: setup for f, setup in setups.items() if str(f) not in failed and not (f / SCORES).exists()}
+        trained = {folder: setup for folder, setup in setups.items() if str(folder) not in failed}
+        rest = {folder: setup for folder, setup in trained.items() if not is_scored(load_run(folder))}
         failed |= _score_alike(rest, job.test_split, _after(job.steps, progress))
     return failed
 
@@ -70,7 +72,7 @@ def _after(steps: int, progress: Progress) -> Progress:
 
 
 def _set_up_all(
-    configs: Sequence[TrainConfig], failed: dict[str, str]
+    configs: Sequence[TrainConfig], known: Mapping[Path, Setup], failed: dict[str, str]
 ) -> tuple[dict[Path, Setup], list[Path]]:
     """What each needs, and the folders of those that are not finished."""
     setups: dict[Path, Setup] = {}
@@ -80,20 +82,18 @@ def _set_up_all(
         try:
             if not (open_folder(folder) and (folder / LAST).exists() and load_run(folder).finished):
                 unfinished.append(folder)
-            setups[folder] = _set_up(replace(config, device=pick_device(config.device)))
+            setups[folder] = known.get(folder) or lean(replace(config, device=pick_device(config.device)))
         except Exception as error:  # whatever it is, it is this run's alone
             failed[str(folder)] = reason(error)
     return setups, [folder for folder in unfinished if folder in setups]
 
 
-def _set_up(config: TrainConfig) -> Setup:
-    """As alone, but only the shared reading keeps samples: not what a run reads to standardise by."""
-    return replace(set_up(replace(config, memory=0)), config=config)
-
-
 def _train(setups: Mapping[Path, Setup], progress: Progress) -> dict[str, str]:
     """All side by side over one reading."""
-    reading = shared_reading(list(setups.values()))
+    try:
+        reading = shared_reading(list(setups.values()))
+    except Exception as error:  # none of these can go on, others can
+        return {str(folder): reason(error) for folder in setups}
     failed: dict[str, str] = {}
     with ExitStack() as folders, flushing_denormals():
         trainers: list[Trainer] = []
@@ -106,10 +106,7 @@ def _train(setups: Mapping[Path, Setup], progress: Progress) -> dict[str, str]:
                 trainers.append(folders.enter_context(opened(setup, folder, shares)))
             except Exception as error:  # whatever it is, it is this run's alone
                 failed[str(folder)] = reason(error)
-        try:
-            failures = run_loop(trainers, reading, progress)
-        except Exception as error:  # the reading itself: none of them can go on
-            failures = {trainer.folder: error for trainer in trainers if not trainer.finished}
+        failures = run_loop(trainers, reading, progress)
     return failed | {str(folder): reason(error) for folder, error in failures.items()}
 
 
@@ -130,7 +127,10 @@ def _score_alike(setups: Mapping[Path, Setup], split: str, progress: Progress) -
                     failed[str(folder)] = f"trained, but not scored on {split}: {reason(own)}"
     for folder, scored in found.items():
         if str(folder) not in failed:
-            _write(folder, split, scored)
+            try:
+                _write(folder, split, scored)
+            except StorageError as error:  # another disk may have room
+                failed[str(folder)] = reason(error)
     return failed
 
 
@@ -158,7 +158,7 @@ def _score(
     """Score the averaged weights on a split, as `evaluate` does, into `found`."""
     own = {folder: open_dataset(part.config, part.store, split) for folder, part in parts.items()}
     whole, first = read_together(list(own.values()), split, 0), next(iter(parts.values()))
-    way = Way(split=split, weights=EMA, align="none", flip=False)
+    way = Way(split=split, weights=EMA)
     scores = score(
         {folder: _predictor(folder, part, share_of(own[folder], whole)) for folder, part in parts.items()},
         whole,
@@ -187,13 +187,15 @@ def _write(folder: Path, split: str, scored: Mapping[str, Scored]) -> None:
     """
     for one in scored.values():
         write_statistics(folder, one.statistics)
-    samples = {task: one.samples for task, one in scored.items()}
-    scores = {task: dict(one.scores.overall) for task, one in scored.items()}
-    only = next(iter(scored)) if len(scored) == 1 else None
-    values = (samples, scores) if only is None else (samples[only], scores[only])
-    checkpoint.write_json(
-        folder / SCORES, {"split": split, "weights": EMA, "samples": values[0], "scores": values[1]}
-    )
+    by_task = {
+        "samples": {task: one.samples for task, one in scored.items()},
+        "protocol": {task: one.statistics.about.protocol for task, one in scored.items()},
+        "scores": {task: dict(one.scores.overall) for task, one in scored.items()},
+    }
+    if len(scored) == 1:
+        by_task = {name: next(iter(values.values())) for name, values in by_task.items()}
+    step = load_run(folder).step
+    checkpoint.write_json(folder / SCORES, {"split": split, "weights": EMA, "step": step, **by_task})
 
 
 def reason(error: Exception) -> str:

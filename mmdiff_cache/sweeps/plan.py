@@ -1,21 +1,22 @@
 """What a sweep is going to do: its runs, where each lies, and which share a reading."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from mmdiff_cache.config import TrainConfig, filled
-from mmdiff_cache.errors import ConfigError, MMDiffError
+from mmdiff_cache.errors import ConfigError
 from mmdiff_cache.extraction.plan import show_bytes
 from mmdiff_cache.loader import CachedFeatureDataset
 from mmdiff_cache.sweeps import memory
 from mmdiff_cache.sweeps.differences import differing, digest, slug
 from mmdiff_cache.sweeps.memory import Need
-from mmdiff_cache.sweeps.results import SCORES
-from mmdiff_cache.sweeps.shared import union
-from mmdiff_cache.training.build import Setup, set_up
+from mmdiff_cache.sweeps.part import reason
+from mmdiff_cache.sweeps.results import is_scored
+from mmdiff_cache.sweeps.shared import lean, union
+from mmdiff_cache.training.build import Setup
 from mmdiff_cache.training.checkpoint import LAST
 from mmdiff_cache.training.evaluate import SPLITS
 from mmdiff_cache.training.folder import RUNS
@@ -134,8 +135,8 @@ def plan_sweep(
     for number, config in enumerate(configs, 1):
         try:
             run = _planned(config, folder, names, evaluate)
-        except MMDiffError as error:
-            refused[f"{number}. {slug(config, names)}"] = str(error).splitlines()[0]
+        except Exception as error:  # whatever it is, it is this configuration's alone
+            refused[f"{number}. {slug(config, names)}"] = reason(error)
             continue
         repeated += run.name in runs
         runs.setdefault(run.name, run)
@@ -170,7 +171,7 @@ def _planned(config: TrainConfig, sweep: Path, names: Sequence[str], evaluate: b
     known = sorted(sweep.glob(f"*-{code}"))  # its name may be of a list in which other things differed
     folder = known[0] if known else sweep / f"{slug(config, names)}-{code}"
     resolved = TrainConfig.from_json({**resolved.to_json(), "run": str(folder)})
-    setup = set_up(resolved)
+    setup = lean(resolved)
     state, step = _state(folder, evaluate)
     return PlannedRun(
         asked=config, config=resolved, setup=setup, need=memory.need_of(setup), state=state, step=step
@@ -184,7 +185,7 @@ def _state(folder: Path, evaluate: bool) -> tuple[str, int]:
     run = load_run(folder)
     if not run.finished:
         return GOING_ON, run.step
-    return (SCORED if evaluate and (folder / SCORES).exists() else FINISHED), run.step
+    return (SCORED if evaluate and is_scored(run) else FINISHED), run.step
 
 
 def reading_key(setup: Setup) -> tuple[Any, ...]:
@@ -215,8 +216,8 @@ def _groups(runs: Sequence[PlannedRun]) -> list[list[PlannedRun]]:
 
 def _parts(group: Sequence[PlannedRun], budget: int | None) -> list[tuple[PlannedRun, ...]]:
     """A group cut so that each part fits the memory; what is read for all is counted for each part."""
-    batch = memory.batch_bytes([run.setup for run in group])
-    reading = batch * (1 if group[0].config.device.startswith("cuda") else memory.BATCHES_HELD)
+    on_gpu = group[0].config.device.startswith("cuda")  # where the trainings are; samples are kept elsewhere
+    reading = (memory.batch_bytes if on_gpu else memory.reading_bytes)([run.setup for run in group])
     parts = memory.cut([run.need for run in group], reading, budget)
     return [tuple(group[number] for number in part) for part in parts]
 
@@ -252,7 +253,18 @@ def _lines(plan: SweepPlan) -> list[str]:
     ]
     if not plan.evaluate:
         lines.append(f"{'test':<10} not scored")
-    return lines + [f"{'refused':<10} {name}: {reason}" for name, reason in plan.refused.items()]
+    return lines + [f"{'refused':<10} {line}" for line in by_reason(plan.refused)]
+
+
+def by_reason(failed: Mapping[str, str]) -> list[str]:
+    """What failed, a line a reason."""
+    names: dict[str, list[str]] = {}
+    for name, why in failed.items():
+        names.setdefault(why, []).append(name)
+    return [
+        f"{first}{f' and {len(others)} more' if others else ''}: {why}"
+        for why, (first, *others) in names.items()
+    ]
 
 
 def _part_words(part: Sequence[PlannedRun]) -> str:

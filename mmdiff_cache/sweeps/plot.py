@@ -7,7 +7,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from mmdiff_cache.sweeps.table import HELD_OUT, TEST, Row, Table
+from mmdiff_cache.sweeps.results import HELD_OUT
+from mmdiff_cache.sweeps.table import Row, Table
 
 WIDTH_INCHES, MARGIN_INCHES, LINE_INCHES = 6.0, 0.9, 0.2
 TITLE_LENGTH = 56
@@ -40,8 +41,10 @@ def _height(row: Row) -> float:
 def _draw_panel(axes: Axes, task: str, headline: str, rows: list[Row]) -> None:
     """One headline. The first row stands on top."""
     places = range(len(rows))
-    where = TEST if all(headline in row.test for row in rows) else HELD_OUT
-    found = [(row.test if where == TEST else row.held_out).get(headline) for row in rows]
+    splits = dict.fromkeys(where for row in rows for where in row.scores if where != HELD_OUT)
+    whole = (where for where in splits if all(headline in row.scores.get(where, {}) for row in rows))
+    where = next(whole, HELD_OUT)
+    found = [row.scores.get(where, {}).get(headline) for row in rows]
     for place, spread in zip(places, found, strict=True):
         if spread is not None:
             axes.errorbar(spread.mean, place, xerr=spread.deviation, fmt="o", color="black", capsize=3)

@@ -1,8 +1,8 @@
 """What came of a run, read from its folder: scores, size, steps, seconds."""
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,6 +22,11 @@ SCORES = "scores-test.json"
 """Test scores that a sweep wrote into a run's folder."""
 EVALUATIONS = "evaluation-*-ema.json"
 """What `evaluate` wrote there, the averaged weights."""
+HELD_OUT = "held-out"
+"""Beside the names of splits: the samples of the training that pick the best checkpoint."""
+HELD_OUT_PROTOCOL = f"{HELD_OUT}: samples of the training split that were never trained on, at network size"
+COUNTS = ("samples", "skipped")
+"""What stands among the scores and is none; protocols tell it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,19 +39,18 @@ class RunResult:
     data_set: str
     headlines: Mapping[str, bool]
     """The headline score of each task, and whether higher is better."""
-    held_out: Mapping[str, float]
-    """Scores by name on the held-out samples, classes as `iou.ball`; empty where there are none. Of several
-    tasks as `depth abs_rel`.
+    scores: Mapping[str, Mapping[str, float]]
+    """By where they were taken, on the HELD_OUT samples and on each split that was scored, and by name:
+    classes as `iou.ball`, of several tasks as `depth abs_rel`.
     """
-    test: Mapping[str, float]
-    """The same on `split`."""
-    split: str | None
     parameters: int
     step: int
     finished: bool
     """Whether all steps are done, or it has stopped early."""
     seconds: float | None
     """All steps at the mean speed of the last time it went on; None where no step was timed."""
+    protocols: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
+    """How the scores were taken, in words, by where; a line a task."""
 
     @property
     def headline(self) -> str:
@@ -55,27 +59,27 @@ class RunResult:
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
-        names = ("data_set", "headlines", "split", "parameters", "step", "finished", "seconds")
+        names = ("data_set", "headlines", "scores", "protocols", "parameters", "step", "finished", "seconds")
         values = {name: getattr(self, name) for name in names}
-        scores = {"held_out": dict(self.held_out), "test": dict(self.test)}
-        return {"run": str(self.path), **values, **scores, "config": self.config.to_json()}
+        return {"run": str(self.path), **values, "config": self.config.to_json()}
 
 
-def read_result(path: str | Path) -> RunResult:
-    """Read a run's folder. Raises CheckpointError if it holds no checkpoint that can be read."""
+def read_result(path: str | Path, places: Collection[str | None] | None = None) -> RunResult:
+    """Read a run's folder, with the scores taken at these places, by default all.
+
+    Raises CheckpointError if it holds no checkpoint that can be read.
+    """
     run = load_run(path)
     parts = [run.for_task(task) for task in run.tasks]
-    found = [_test_scores(part) for part in parts]
-    split = next((split for split, _ in found if split is not None), None)
-    tested = [scores if where == split else {} for where, scores in found]
+    found = [_by_place(part) for part in parts]
+    taken = dict.fromkeys(where for one in found for where in one if places is None or where in places)
     return RunResult(
         path=run.path,
         config=run.config,
         data_set="+".join(dict.fromkeys(part.origin["dataset"] for part in parts)),
         headlines=_by_task(parts, [_headline(part) for part in parts]),
-        held_out=_by_task(parts, [numbers(part.scores.get(EMA, {})) for part in parts]),
-        test=_by_task(parts, tested),
-        split=split,
+        scores={where: _by_task(parts, [one.get(where, _NONE).scores for one in found]) for where in taken},
+        protocols={where: tuple(one[where].protocol for one in found if where in one) for where in taken},
         parameters=_parameters(run.path),
         step=run.step,
         finished=run.finished,
@@ -105,25 +109,62 @@ def numbers(scores: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
     for name, value in scores.items():
         if isinstance(value, Mapping):
             found |= numbers(value, f"{prefix}{name}.")
-        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        elif isinstance(value, (int, float)) and not isinstance(value, bool) and name not in COUNTS:
             found[prefix + name] = float(value)
     return found
 
 
-def _test_scores(run: Run) -> tuple[str | None, dict[str, float]]:
-    """What the sweep or `evaluate` wrote for a task, with the split; of several files the newest."""
-    task, folder = run.config.task, run.path
-    files = [*folder.glob(SCORES), *folder.glob(EVALUATIONS)]
-    for file in sorted(files, key=lambda file: file.stat().st_mtime, reverse=True):
-        try:
-            values = json.loads(file.read_text(encoding="utf-8"))
-            if task in values["scores"]:  # a sweep's, of several tasks
-                return str(values["split"]), numbers(values["scores"][task])
-            if values.get("task", task) == task:
-                return str(values["split"]), numbers(values["scores"])
-        except (ValueError, KeyError, TypeError, AttributeError):
-            continue
-    return None, {}
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Scored:
+    """Scores of one task, and how they were taken."""
+
+    scores: Mapping[str, float]
+    protocol: str
+
+
+_NONE = _Scored(scores={}, protocol="")
+
+
+def _by_place(run: Run) -> dict[str, _Scored]:
+    """The scores of a run of one task, by where they were taken."""
+    found: dict[str, _Scored] = {}
+    if EMA in run.scores:
+        found[HELD_OUT] = _Scored(scores=numbers(run.scores[EMA]), protocol=HELD_OUT_PROTOCOL)
+    for values in _files(run):
+        about = f"{run.config.task} on {run.origin['dataset']} {values['split']}"
+        found[str(values["split"])] = _Scored(
+            scores=numbers(values["scores"]), protocol=f"{about}: {values['protocol']}"
+        )
+    return found
+
+
+def _files(run: Run) -> Iterator[Mapping[str, Any]]:
+    """What the sweep and `evaluate` wrote of a run of one task as it is now, the newest last."""
+    task = run.config.task
+    files = [*run.path.glob(SCORES), *run.path.glob(EVALUATIONS)]
+    for file in sorted(files, key=lambda file: file.stat().st_mtime_ns):
+        values = _read(file)
+        if values is not None and values["step"] == run.step:
+            if file.name == SCORES and task in values["scores"]:  # of a run of several tasks
+                yield {**values, **{name: values[name][task] for name in ("scores", "protocol")}}
+            elif values.get("task", task) == task:
+                yield values
+
+
+def is_scored(run: Run) -> bool:
+    """Whether a sweep has scored a run as it is now."""
+    values = _read(run.path / SCORES)
+    return values is not None and values["step"] == run.step
+
+
+def _read(file: Path) -> dict[str, Any] | None:
+    """A file of scores; None for one that is not there, or says too little of them."""
+    try:
+        values = json.loads(file.read_bytes())
+    except (OSError, ValueError):
+        return None
+    wanted = {"split", "step", "protocol", "scores"}
+    return values if isinstance(values, dict) and wanted <= values.keys() else None
 
 
 def _parameters(folder: Path) -> int:

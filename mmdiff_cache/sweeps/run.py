@@ -5,7 +5,7 @@ print(result.table)
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,13 +17,15 @@ from mmdiff_cache.sweeps.compare import RECORD
 from mmdiff_cache.sweeps.part import Job, run_part
 from mmdiff_cache.sweeps.plan import PlannedRun, SweepPlan, plan_sweep
 from mmdiff_cache.sweeps.plot import draw_table
-from mmdiff_cache.sweeps.results import read_result
+from mmdiff_cache.sweeps.results import HELD_OUT, RunResult, read_result
 from mmdiff_cache.sweeps.table import Table, tabulate
 from mmdiff_cache.training import checkpoint
 
 logger = logging.getLogger(__name__)
 
 CSV, MARKDOWN, PLOT = "table.csv", "table.md", "plot.png"
+OPTION = "--out"
+"""What chooses the sweep's folder."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,7 +78,7 @@ def _carry_out(
     device = first.config.device
     with open_cluster(ExtractConfig(device=device), workers, scheduler) as client:
         if client is None:
-            failed = _in_process([_job(plan, part, part[0].config.device) for part in plan.parts], progress)
+            failed = _in_process(plan, progress)
         else:
             from mmdiff_cache.sweeps.workers import on_workers, places
 
@@ -97,12 +99,13 @@ def _job(plan: SweepPlan, part: Sequence[PlannedRun], device: str) -> Job:
     )
 
 
-def _in_process(jobs: Sequence[Job], progress: Progress) -> dict[str, str]:
+def _in_process(plan: SweepPlan, progress: Progress) -> dict[str, str]:
     failed: dict[str, str] = {}
-    total = sum(job.steps for job in jobs)
-    before = 0
-    for number, job in enumerate(jobs, 1):
-        failed |= run_part(job, _within(progress, before, total, f"reading {number} of {len(jobs)}: "))
+    jobs = [_job(plan, part, part[0].config.device) for part in plan.parts]
+    total, before = sum(job.steps for job in jobs), 0
+    for number, (job, part) in enumerate(zip(jobs, plan.parts, strict=True), 1):
+        advance = _within(progress, before, total, f"reading {number} of {len(jobs)}: ")
+        failed |= run_part(job, advance, {run.folder: run.setup for run in part})
         before += job.steps
     return failed
 
@@ -121,34 +124,31 @@ def _make(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise StorageRefused(
-            f"cannot make the sweep's folder {folder}: {error.strerror or error}; choose another with --out"
+            f"cannot make the sweep's folder {folder}: {error.strerror or error}; "
+            f"choose another with {OPTION}"
         ) from error
 
 
 def _record(plan: SweepPlan, failed: dict[str, str]) -> None:
     """Write which runs belong to the sweep, in order, and what has failed."""
     values = {"runs": [run.name for run in plan.runs], "failed": failed}
-    checkpoint.write_json(plan.folder / RECORD, values)
+    checkpoint.write_json(plan.folder / RECORD, values, OPTION)
 
 
 def _publish(plan: SweepPlan) -> Table:
     """The table of what has finished, also as files."""
-    results = []
+    results: list[RunResult] = []
     for run in plan.runs:
-        try:
-            results.append(read_result(run.folder))
+        try:  # of the sweep alone, whatever else `evaluate` has scored since
+            results.append(read_result(run.folder, places=(HELD_OUT, run.test_split)))
         except CheckpointError as error:  # it failed before its first checkpoint
             logger.info("not in the table: %s", error)
     table = tabulate([result for result in results if result.finished], [run.asked for run in plan.runs])
-    _write(plan.folder / CSV, table.to_csv)
-    _write(plan.folder / MARKDOWN, table.to_markdown)
+    checkpoint.write_bytes(plan.folder / CSV, table.to_csv().encode(), OPTION)
+    checkpoint.write_bytes(plan.folder / MARKDOWN, table.to_markdown().encode(), OPTION)
     if table.rows:
         draw_table(table, plan.folder / PLOT)
     return table
-
-
-def _write(path: Path, text: Callable[[], str]) -> None:
-    path.write_text(text(), encoding="utf-8")
 
 
 def _silent(done: int, total: int, state: str) -> None:

@@ -6,14 +6,20 @@ from typing import TypeVar
 
 from torch import Tensor
 
+from mmdiff_cache.config import TrainConfig
 from mmdiff_cache.loader import Batch, CachedFeatureDataset, Inputs, View, taken, view_of
 from mmdiff_cache.loader.inputs import WITHOUT_TRANSFORMER
-from mmdiff_cache.training.build import Setup
+from mmdiff_cache.training.build import Setup, set_up
 from mmdiff_cache.training.loop import Reading, Stream
 from mmdiff_cache.training.resolve import TRAIN_SPLIT
 from mmdiff_cache.training.trainer import Share
 
 T = TypeVar("T")
+
+
+def lean(config: TrainConfig) -> Setup:
+    """As alone, but only the shared reading keeps samples: not what a run reads to standardise by."""
+    return replace(set_up(replace(config, memory=0)), config=config)
 
 
 def union(several: Sequence[CachedFeatureDataset]) -> Inputs:

@@ -1,16 +1,13 @@
 """The table of a sweep: one row a configuration, means and spreads over its seeds."""
 
-import csv
-import io
 import statistics
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from mmdiff_cache.config import TrainConfig
 from mmdiff_cache.sweeps.differences import SEEDS, differing, digest, flat, show
-from mmdiff_cache.sweeps.results import RunResult
-
-HELD_OUT, TEST = "held-out", "test"
+from mmdiff_cache.sweeps.results import HELD_OUT, RunResult
+from mmdiff_cache.training.report import csv_text
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,9 +33,8 @@ class Row:
     headlines: Mapping[str, bool]
     """The headline score of each task, and whether higher is better."""
     seeds: int
-    held_out: Mapping[str, Spread]
-    """By score, headlines first."""
-    test: Mapping[str, Spread]
+    scores: Mapping[str, Mapping[str, Spread]]
+    """By where they were taken, HELD_OUT or a split, and by name, headlines first."""
     parameters: int
 
     @property
@@ -49,80 +45,101 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Table:
-    """Rows in the order of the configurations. `cells` is for a screen, `to_csv` has every score."""
+    """Rows in the order of the configurations. `cells` is for a screen, a task at a time (`by_task`);
+    `to_csv` has every score.
+    """
 
     columns: tuple[str, ...]
     """Fields that differ between rows."""
     rows: tuple[Row, ...]
+    protocols: tuple[str, ...] = ()
+    """How the scores were taken, in words."""
+
+    def by_task(self) -> dict[str, "Table"]:
+        """A table a task, for tasks have different scores; with the columns that differ in it."""
+        found: dict[str, Table] = {}
+        for task in dict.fromkeys(row.task for row in self.rows):
+            rows = [row for row in self.rows if row.task == task]
+            columns = (name for name in self.columns if len({row.settings[name] for row in rows}) > 1)
+            found[task] = replace(self, columns=tuple(columns), rows=tuple(rows))
+        return found
 
     def header(self) -> list[str]:
         """Titles of `cells`."""
-        tasks = () if "task" in self.columns or not self._mixed else ("task",)
-        return [*self.columns, *tasks, "seeds", *(f"{where} {name}" for where, name in self._shown)]
+        return [*self.columns, "seeds", *(f"{where} {name}" for where, name in self._shown)]
 
     def cells(self) -> list[list[str]]:
         """Settings, seeds and the scores that are shown: the headlines, and what else is no class's own."""
-        tasks = "task" not in self.columns and self._mixed
         return [
             [
                 *(row.settings.get(name, "-") for name in self.columns),
-                *([row.task] if tasks else []),
                 str(row.seeds),
-                *(str(_scores(row, where).get(name, "-")) for where, name in self._shown),
+                *(_cell(row.scores.get(where, {}).get(name), row.seeds) for where, name in self._shown),
             ]
             for row in self.rows
         ]
 
     @property
-    def _mixed(self) -> bool:
-        return len({row.task for row in self.rows}) > 1
-
-    @property
     def _shown(self) -> list[tuple[str, str]]:
-        """Of held-out scores the headline alone, of test scores all but those of classes."""
-        held_out = dict.fromkeys(
-            (HELD_OUT, name) for row in self.rows if row.held_out for name in row.headlines
-        )
-        test = dict.fromkeys(
-            (TEST, name) for row in self.rows for name in row.test if "." not in name or name in row.headlines
-        )
-        return [*held_out, *test]
+        """Of held-out scores the headlines alone, of the others all but those of classes."""
+        return shown_scores((row.scores, row.headlines) for row in self.rows)
 
     def to_markdown(self) -> str:
-        """The shown cells as a table of Markdown."""
+        """The shown cells as tables of Markdown, one a task, and how the scores were taken."""
+        parts = [f"**{task}**\n\n{table.markdown_rows()}" for task, table in self.by_task().items()]
+        return "\n".join([*parts, *(f"- {line}" for line in self.protocols), ""])
+
+    def markdown_rows(self) -> str:
+        """Header and cells in the syntax of Markdown."""
         lines = [self.header(), ["---"] * len(self.header()), *self.cells()]
         return "".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |\n" for line in lines)
 
     def to_csv(self) -> str:
         """Every score of every row: mean, standard deviation (empty for one seed) and number of seeds."""
-        names = dict.fromkeys((w, n) for w in (HELD_OUT, TEST) for row in self.rows for n in _scores(row, w))
-        out = io.StringIO()
-        writer = csv.writer(out, lineterminator="\n")
+        names = dict.fromkeys((w, n) for row in self.rows for w in row.scores for n in row.scores[w])
+        names = dict.fromkeys(sorted(names, key=lambda name: name[0] != HELD_OUT))
         parts = ("mean", "std", "seeds")
         titles = [f"{where} {name} {part}" for where, name in names for part in parts]
         settings = [name for name in self.columns if name != "task"]
-        writer.writerow(["task", *settings, "headline", "parameters", *titles])
+        lines: list[list[str | float | None]] = []
         for row in self.rows:
-            cells = [cell for where, name in names for cell in _csv_cells(_scores(row, where).get(name))]
-            own = [_plain(row.settings.get(name, "")) for name in settings]
-            writer.writerow([row.task, *own, " + ".join(row.headlines), row.parameters, *cells])
-        return out.getvalue()
+            found = [row.scores.get(where, {}).get(name) for where, name in names]
+            cells = [cell for spread in found for cell in _csv_cells(spread)]
+            own = [row.settings.get(name, "") for name in settings]
+            lines.append([row.task, *own, " + ".join(row.headlines), row.parameters, *cells])
+        return csv_text(["task", *settings, "headline", "parameters", *titles], lines)
 
 
-def _csv_cells(spread: Spread | None) -> list[str]:
+def shown_scores(
+    several: Iterable[tuple[Mapping[str, Mapping[str, object]], Iterable[str]]],
+) -> list[tuple[str, str]]:
+    """Which scores a screen has room for, as pairs of where and name; given scores, and their headlines.
+
+    Held out the headlines alone; elsewhere the headlines, and what is no class's own.
+    """
+    held_out: dict[tuple[str, str], None] = {}
+    others: dict[tuple[str, str], None] = {}
+    for scores, headlines in several:
+        for where, found in scores.items():
+            names = [name for name in headlines if name in found]
+            if where == HELD_OUT:
+                held_out |= dict.fromkeys((where, name) for name in names)
+            else:
+                others |= dict.fromkeys(
+                    (where, name) for name in (*names, *(name for name in found if "." not in name))
+                )
+    return [*held_out, *others]
+
+
+def _cell(spread: Spread | None, seeds: int) -> str:
+    """A spread on a screen; with the number of its seeds where not all of the row have the score."""
     if spread is None:
-        return ["", "", ""]
-    deviation = "" if spread.deviation is None else repr(spread.deviation)
-    return [repr(spread.mean), deviation, str(spread.seeds)]
+        return "-"
+    return str(spread) if spread.seeds == seeds else f"{spread} ({spread.seeds} of {seeds})"
 
 
-def _plain(text: str) -> str:
-    """Text that no spreadsheet takes for a formula."""
-    return f"'{text}" if text[:1] in ("=", "+", "-", "@") and text != "-" else text
-
-
-def _scores(row: Row, where: str) -> Mapping[str, Spread]:
-    return row.held_out if where == HELD_OUT else row.test
+def _csv_cells(spread: Spread | None) -> list[float | None]:
+    return [None] * 3 if spread is None else [spread.mean, spread.deviation, spread.seeds]
 
 
 def tabulate(results: Sequence[RunResult], asked: Sequence[TrainConfig] = ()) -> Table:
@@ -136,30 +153,40 @@ def tabulate(results: Sequence[RunResult], asked: Sequence[TrainConfig] = ()) ->
     rows: dict[str, list[RunResult]] = {}
     for result in results:
         rows.setdefault(digest(result.config, without=SEEDS), []).append(result)
-    return Table(columns=columns, rows=tuple(_row(group, columns) for group in rows.values()))
+    return Table(
+        columns=columns,
+        rows=tuple(_row(group, columns) for group in rows.values()),
+        protocols=protocols(results),
+    )
+
+
+def protocols(results: Iterable[RunResult]) -> tuple[str, ...]:
+    """How the scores of runs were taken, each way once."""
+    return tuple(dict.fromkeys(line for one in results for lines in one.protocols.values() for line in lines))
 
 
 def _row(group: Sequence[RunResult], columns: Sequence[str]) -> Row:
     first = group[0]
     values = flat(first.config)
+    places = dict.fromkeys(where for result in group for where in result.scores)
     return Row(
         settings={name: show(name, values.get(name)) for name in columns},
         task=first.config.task,
         headlines=first.headlines,
         seeds=len(group),
-        held_out=_spreads(group, lambda result: result.held_out),
-        test=_spreads(group, lambda result: result.test),
+        scores={where: _spreads(group, where) for where in places},
         parameters=first.parameters,
     )
 
 
-def _spreads(
-    group: Sequence[RunResult], scores: Callable[[RunResult], Mapping[str, float]]
-) -> dict[str, Spread]:
+def _spreads(group: Sequence[RunResult], where: str) -> dict[str, Spread]:
     """Each score over the seeds that have it, headlines first."""
-    names = dict.fromkeys(name for result in group for name in scores(result))
-    ordered = sorted(names, key=lambda name: name not in group[0].headlines)
-    return {name: spread([scores(run)[name] for run in group if name in scores(run)]) for name in ordered}
+    found = [result.scores.get(where, {}) for result in group]
+    names = sorted(
+        dict.fromkeys(name for scores in found for name in scores),
+        key=lambda name: name not in group[0].headlines,
+    )
+    return {name: spread([scores[name] for scores in found if name in scores]) for name in names}
 
 
 def spread(values: Sequence[float]) -> Spread:

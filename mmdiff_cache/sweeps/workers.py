@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from distributed import Client, Future, KilledWorker, wait
+from distributed import Client, Event, Future, KilledWorker, wait
 
 from mmdiff_cache.errors import ClusterError
 from mmdiff_cache.extraction.cluster import survey
@@ -27,6 +27,8 @@ GLANCE_SECONDS = 1.0
 """How often Ctrl-C and lost workers are noticed."""
 LONELY_SECONDS = 300.0
 """A cluster that has had no worker for so long is lost."""
+LISTEN_SECONDS = 5.0
+"""How often a worker asks whether the sweep has been stopped; each time crosses the network."""
 ANSWER_SECONDS = 30.0
 """How long a worker may take to hand over what failed."""
 DEATHS = 2
@@ -57,8 +59,9 @@ def on_workers(client: Client, jobs: Sequence[Job], progress: Progress) -> dict[
     """
     waiting = deque((job, 1) for job in jobs)
     under_way: dict[Future[Any], _UnderWay] = {}
+    stop = f"mmdiff-sweep-{secrets.token_hex(4)}-stop"
     failed: dict[str, str] = {}
-    run, begun, last_seen = secrets.token_hex(4), 0, time.monotonic()
+    last_seen = time.monotonic()
     total = sum(job.steps for job in jobs)
     try:
         while waiting or under_way:
@@ -70,8 +73,7 @@ def on_workers(client: Client, jobs: Sequence[Job], progress: Progress) -> dict[
             for address in sorted(present - busy):
                 if waiting:
                     job, tries = waiting.popleft()
-                    begun += 1
-                    future = _submit(client, job, address, f"mmdiff-sweep-{run}-{begun}")
+                    future = _submit(client, job, address, stop)
                     under_way[future] = _UnderWay(job=job, address=address, tries=tries)
             for future, entry in _ended(under_way, present):
                 del under_way[future]
@@ -81,6 +83,7 @@ def on_workers(client: Client, jobs: Sequence[Job], progress: Progress) -> dict[
     finally:
         if under_way:
             with suppress(Exception):  # the cluster may be what went wrong
+                Event(stop, client).set()
                 client.cancel(list(under_way), force=True)
     return failed
 
@@ -92,19 +95,38 @@ def _present(client: Client) -> set[str]:
         raise ClusterError(f"the scheduler does not answer any more: {error}; run it again") from error
 
 
-def _submit(client: Client, job: Job, address: str, key: str) -> Future[Any]:
+def _submit(client: Client, job: Job, address: str, stop: str) -> Future[Any]:
     threads = torch.get_num_threads()
     return client.submit(
-        _run_here, job, threads, key=key, workers=[address], allow_other_workers=False, pure=False, retries=0
+        _run_here, job, threads, stop, workers=[address], allow_other_workers=False, pure=False, retries=0
     )
 
 
-def _run_here(job: Job, threads: int) -> dict[str, str]:
+def _run_here(job: Job, threads: int, stop: str) -> dict[str, str]:
     """What a worker does, with as many threads as the driver: sums depend on how they are divided."""
-    with _one_at_a_time:
+    with _one_at_a_time, suppress(_Stopped):
         logging.getLogger("mmdiff_cache").setLevel(logging.INFO)
         torch.set_num_threads(threads)
-        return run_part(job, _silent)
+        return run_part(job, _until(Event(stop)))
+    return {}
+
+
+class _Stopped(BaseException):
+    """Nobody waits for the sweep any more. No Exception, for those are a run's own."""
+
+
+def _until(stop: Event) -> Progress:
+    """Tells nobody of the progress, for a call a step would cross the network, but asks whether to go on."""
+    asked = time.monotonic()
+
+    def step(done: int, total: int, state: str) -> None:
+        nonlocal asked
+        if time.monotonic() - asked > LISTEN_SECONDS:
+            asked = time.monotonic()
+            if stop.is_set():
+                raise _Stopped
+
+    return step
 
 
 def _ended(under_way: dict[Future[Any], _UnderWay], present: set[str]) -> list[tuple[Future[Any], _UnderWay]]:
@@ -147,7 +169,3 @@ def _all_unfinished(job: Job, why: str) -> dict[str, str]:
     """The runs of a part that have not finished, with the reason."""
     folders = [Path(str(config.run)) for config in job.configs]
     return {str(f): why for f in folders if not ((f / LAST).exists() and load_run(f).finished)}
-
-
-def _silent(done: int, total: int, state: str) -> None:
-    """Progress is told by part: a call a step would cross the network."""

@@ -232,7 +232,7 @@ def trained_config(baseline: TrainedBaseline, config: TrainConfig, run: Path) ->
     """
     return replace(
         baseline.changes(config),
-        run=str(run / "baselines" / baseline.source),
+        run=str(trained_folder(baseline, config, run)),
         layers=None if config.source == "discriminative" else config.layers,
         variants=None,
         variant_use="augment",
@@ -242,6 +242,11 @@ def trained_config(baseline: TrainedBaseline, config: TrainConfig, run: Path) ->
         standardise=False,
         drop_channels=(),
     )
+
+
+def trained_folder(baseline: TrainedBaseline, config: TrainConfig, run: Path) -> Path:
+    """Where a baseline of a run of this configuration lies; each task of a run has its own."""
+    return run / "baselines" / f"{config.task}-{baseline.source}"
 
 
 def trained_for(config: TrainConfig) -> Mapping[str, TrainedBaseline]:

@@ -22,7 +22,7 @@ from mmdiff_cache.training.pixels import PIXELS_MULTIPLE, PixelSpec, PixelUNet
 from mmdiff_cache.training.resolve import (
     TRAIN_SPLIT,
     Origin,
-    encoder_hashes,
+    guidance_identity,
     label_spec,
     origin,
     source_channels,
@@ -103,7 +103,7 @@ class Part:
             "backbone": self.origin.backbone,
             "prompts": self.origin.prompts,
             "sha256_of_ids": hash_of_ids(ids),
-            **encoder_hashes(self.store, self.config.discriminative),
+            **guidance_identity(self.store, self.config),
         }
 
 
@@ -123,15 +123,20 @@ class Setup:
             return dict(self.parts[0].identity)
         return {part.task.name: part.identity for part in self.parts}
 
+    @property
+    def ratio(self) -> tuple[float, ...]:
+        """Of the parts' batches."""
+        return self.config.mixing or (1.0,) * len(self.parts)
+
 
 def check_identity(setup: Setup, stored: Mapping[str, Any], path: Path) -> None:
     """Raise CheckpointError where the checkpoint at `path` was trained on other samples."""
     for part in setup.parts:
         had = stored if len(setup.parts) == 1 else stored.get(part.task.name, {})
         for name, value in part.identity.items():
-            if had.get(name) != value:
+            if had.get(name, value) != value:  # an earlier release did not write all of them down
                 raise CheckpointError(
-                    f"{path} was trained on a store whose {name} is {had.get(name)}, that of "
+                    f"{path} was trained on a store whose {name} is {had[name]}, that of "
                     f"{part.store.path} is {value}; train anew with another --run"
                 )
 
@@ -144,26 +149,28 @@ def set_up(config: TrainConfig) -> Setup:
             f"disjoint deals the samples of one store to {len(names)} tasks, got {len(config.stores)} stores"
         )
     tasks = tuple(
-        _part(one, slice(number, None, len(names)) if config.disjoint else slice(None), 1 / len(names))
+        _part(one, (number, len(names)) if config.disjoint else (0, 1), 1 / len(names))
         for number, one in enumerate(parts(config))
     )
     if len(tasks) > 1:
-        check_same_identity({str(one.store.path): one.store.manifest for one in tasks})
+        check_same_identity(
+            {
+                str(one.store.path): {
+                    **one.store.manifest.identity,
+                    **guidance_identity(one.store, one.config),
+                }
+                for one in tasks
+            }
+        )
     return Setup(config=config, parts=tasks, spec=_spec(tasks))
 
 
-def _part(config: TrainConfig, dealt: slice, memory: float) -> Part:
-    """One task of a training, its share of the samples, and its share of the memory that may keep them."""
+def _part(config: TrainConfig, turn: tuple[int, int], memory: float) -> Part:
+    """One task of a training, its turn at the samples, and its share of the memory that may keep them."""
     task, store = find_task(config.task, config.label), open_store(config.stores[0])
     reader = store[TRAIN_SPLIT]
     label = label_spec(reader, task)
-    division = divide(config, reader, task.label)
-    trained, held = division.trained[dealt], division.held_out[dealt]
-    if not trained or (config.holdout and not held):
-        raise ConfigError(
-            f"disjoint leaves task {task.name} no sample to {'hold out' if trained else 'train on'}; "
-            "take more samples or another holdout"
-        )
+    division = divide(config, reader, task.label, turn)
     share = memory * config.holdout
     return Part(
         config=config,
@@ -171,8 +178,12 @@ def _part(config: TrainConfig, dealt: slice, memory: float) -> Part:
         store=store,
         origin=origin(store),
         label=label,
-        samples=open_dataset(config, store, TRAIN_SPLIT, trained, share=memory - share, augment=True),
-        held_out=open_dataset(config, store, TRAIN_SPLIT, held, share=share) if held else None,
+        samples=open_dataset(
+            config, store, TRAIN_SPLIT, division.trained, share=memory - share, augment=True
+        ),
+        held_out=open_dataset(config, store, TRAIN_SPLIT, division.held_out, share=share)
+        if config.holdout
+        else None,
     )
 
 

@@ -2,7 +2,8 @@
 
 All samples stand in one seeded permutation; a limit takes the first of it, and the place in it decides what
 is held out. So the training samples of a smaller limit are among those of a larger one, and so are the
-held-out ones, whatever the seed of a run. Paper: App. A.
+held-out ones, whatever the seed of a run. Paper: App. A. Where several tasks share the samples out
+(`disjoint`), they are dealt in the order of that permutation, so the same holds for those of each task.
 """
 
 from dataclasses import dataclass
@@ -28,22 +29,28 @@ class Division:
     held_out: tuple[int, ...]
 
 
-def divide(config: TrainConfig, reader: SplitReader, label: str) -> Division:
+def divide(config: TrainConfig, reader: SplitReader, label: str, turn: tuple[int, int] = (0, 1)) -> Division:
     """The samples of a training; failed ones are left out, wherever they fell.
 
-    Raises StoreIncomplete naming the first sample among them that was never finished, ConfigError if none is
-    left to train on.
+    `turn` = (n, of) takes the n-th sample, from 0, of every `of`: what one of so many tasks gets. Raises
+    StoreIncomplete naming the first sample among them that was never finished, ConfigError if none is left to
+    train on, or to hold out.
     """
+    number, of = turn
     order = sample_order(len(reader), seed=config.subset_seed, epoch=SUBSET_STREAM)[: config.limit]
     usable = frozenset(usable_samples(reader, sorted(order.tolist()), (label,)))
     held = held_out_places(len(order), config.holdout)
-    parts = [sorted(usable.intersection(order[chosen].tolist())) for chosen in (~held, held)]
-    if not parts[0]:
+    trained, held_out = (
+        tuple(sorted(usable.intersection(order[chosen][number::of].tolist()))) for chosen in (~held, held)
+    )
+    if not trained or (config.holdout and not held_out):
+        dealt = "" if of == 1 else f", dealt out to {of} tasks,"
         raise ConfigError(
-            f"holding out {config.holdout:g} of {len(usable)} sample(s) leaves none to train on; "
-            "take more samples or --set holdout=0"
+            f"holding out {config.holdout:g} of {len(usable)} sample(s){dealt} "
+            f"{'finds none to hold out' if trained else 'leaves none to train on'} for {config.task}; "
+            "take more samples, another holdout, or --set holdout=0"
         )
-    return Division(trained=tuple(parts[0]), held_out=tuple(parts[1]))
+    return Division(trained=trained, held_out=held_out)
 
 
 def held_out_places(count: int, share: float) -> "np.ndarray[tuple[int], np.dtype[np.bool_]]":

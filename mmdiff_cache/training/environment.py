@@ -1,5 +1,6 @@
 """What a result may depend on besides the configuration: versions, device, threads, the code itself."""
 
+import json
 import os
 import platform
 import subprocess
@@ -9,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from mmdiff_cache.training.checkpoint import write_json
 
 PACKAGES = ("mmdiff-cache", "torch", "numpy", "safetensors", "zarr", "numcodecs")
 PACKAGE = Path(__file__).parents[1]
@@ -27,6 +30,22 @@ def environment(device: str) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if on_gpu else "cpu",
         "threads": torch.get_num_threads(),
     }
+
+
+def note_environment(file: Path, device: str, step: int) -> None:
+    """Where a training goes on in another environment than before, add that one to its file, with the step.
+
+    Raises StorageError when the file system refuses.
+    """
+    try:
+        noted = dict(json.loads(file.read_bytes()))
+    except (OSError, ValueError):  # it was taken away or cut: what is known now is better than nothing
+        noted = {}
+    later: list[dict[str, Any]] = noted.get("later", [])
+    before = later[-1] if later else noted
+    now = environment(device)
+    if any(before.get(name) != value for name, value in now.items()):
+        write_json(file, {**noted, "later": [*later, {"from_step": step, **now}]})
 
 
 def source_tree(package: Path) -> dict[str, Any] | None:

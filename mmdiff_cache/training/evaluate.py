@@ -13,7 +13,13 @@ from mmdiff_cache.records import Progress
 from mmdiff_cache.store.reader import Store
 from mmdiff_cache.tasks import Task, aligning, find_task, headline
 from mmdiff_cache.training import checkpoint
-from mmdiff_cache.training.baselines import Fitting, baselines_for, trained_config, trained_for
+from mmdiff_cache.training.baselines import (
+    Fitting,
+    baselines_for,
+    trained_config,
+    trained_folder,
+    trained_for,
+)
 from mmdiff_cache.training.build import open_dataset
 from mmdiff_cache.training.checkpoint import EMA, LAST, RAW
 from mmdiff_cache.training.division import divide
@@ -22,7 +28,16 @@ from mmdiff_cache.training.mirror import Mirror
 from mmdiff_cache.training.protocol import Way, in_words
 from mmdiff_cache.training.report import Evaluation
 from mmdiff_cache.training.resolve import TRAIN_SPLIT
-from mmdiff_cache.training.run import Run, device_of, load_run, model_for_run, one_task, store_of, train
+from mmdiff_cache.training.run import (
+    Run,
+    device_of,
+    load_run,
+    model_for_run,
+    one_task,
+    store_of,
+    train,
+    weights_of,
+)
 from mmdiff_cache.training.scoring import Predictor, Scores, model_predictor, score
 from mmdiff_cache.training.statistics import PictureStatistics, picture_statistics, write_statistics
 
@@ -126,7 +141,7 @@ def _evaluation(run: Run, dataset: CachedFeatureDataset, task: Task, way: Way, f
         prompts=run.origin["prompts"],
         source=run.config.source,
         weights=way.weights,
-        step=run.step,
+        step=_step(run, way.weights),
         headline=headline(task, data_set),
         higher_is_better=task.higher_is_better,
         scores=found.overall,
@@ -140,11 +155,16 @@ def _evaluation(run: Run, dataset: CachedFeatureDataset, task: Task, way: Way, f
     )
 
 
+def _step(run: Run, weights: str) -> int:
+    """The step that weights are of; the best ones may be older than the others."""
+    return checkpoint.read_header(weights_of(run, weights)[0]).step
+
+
 def _export(run: Run, folder: str | Path, dataset: CachedFeatureDataset, task: Task, way: Way) -> Export:
     """A folder for the predictions, claimed."""
     what = {
         "run": str(run.path.absolute()),
-        "step": run.step,
+        "step": _step(run, way.weights),
         "weights": way.weights,
         "task": task.name,
         "label": task.label,
@@ -189,7 +209,7 @@ def _trained_scores(run: Run, store: Store, split: str, task: Task) -> dict[str,
     """Scores of those trained baselines of a run that have finished."""
     results: dict[str, Mapping[str, Any]] = {}
     for name, entry in trained_for(run.config).items():
-        folder = run.path / "baselines" / entry.source
+        folder = trained_folder(entry, run.config, run.path)
         if not (folder / LAST).exists() or not load_run(folder).finished:
             continue
         other = load_run(folder)

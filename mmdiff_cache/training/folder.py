@@ -2,7 +2,7 @@
 
 runs/depth-scenes-flux-scenes-1/
     config.json         the resolved configuration; `train --config` takes it back
-    environment.json    versions, commit, device, threads
+    environment.json    versions, commit, device, threads; `later` where it went on with others
     store.json          the manifest of the store: all that `predict` has to know about it
     metrics.jsonl       one line each: losses, and scores on the held-out samples
     train.log
@@ -179,7 +179,7 @@ def clear_partial(folder: Path) -> None:
 
 def clear_start(folder: Path) -> None:
     """Take away what a training left that was stopped before its first checkpoint; it starts anew."""
-    _remove([folder / METRICS, folder / BEST, *(folder / PICTURES).glob("step-*.jpg")])
+    _remove([folder / METRICS, folder / BEST, *(folder / PICTURES).rglob("step-*.jpg")])
 
 
 def _remove(files: Iterable[Path]) -> None:

@@ -5,10 +5,11 @@ share is the reading.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from traceback import clear_frames
 
 from mmdiff_cache.config import filled
 from mmdiff_cache.loader import Batch, CachedFeatureDataset, make_loader
@@ -48,7 +49,7 @@ class Reading:
         """What one training reads alone."""
         return cls(
             streams=tuple(Stream(samples=part.samples, held_out=part.held_out) for part in setup.parts),
-            ratio=setup.config.mixing or (1.0,) * len(setup.parts),
+            ratio=setup.ratio,
             batch_size=filled(setup.config.batch_size),
             seed=setup.config.reading_seed,
         )
@@ -74,6 +75,7 @@ class Reading:
 def run_loop(trainers: Sequence[Trainer], reading: Reading, progress: Progress) -> Failures:
     """Train each to its last step. One that fails stays where it is, and the others go on.
 
+    A reading that fails ends all that have not finished; what failed before keeps its own reason.
     Trainings may stand at different steps; those ahead wait. Progress tells the step of those behind.
     """
     failures: Failures = {}
@@ -81,21 +83,29 @@ def run_loop(trainers: Sequence[Trainer], reading: Reading, progress: Progress) 
     if not going:
         return failures
     first, last = min(trainer.step for trainer in going), max(trainer.steps for trainer in going)
-    for step, (part, batch) in enumerate(reading.batches(first, last), first):
-        at_it = [trainer for trainer in going if trainer.step == step]
-        _each(at_it, lambda trainer: trainer.take(batch, part), failures)  # noqa: B023 - called at once
-        _check([trainer for trainer in at_it if trainer.check_is_due], reading, failures)
-        _each(at_it, Trainer.save_if_due, failures)
-        states = [trainer.state for trainer in at_it]
-        progress(step + 1, last, states[0] if len(trainers) == 1 else f"{len(going)} trainings")
-        going = [trainer for trainer in going if not (trainer.finished or trainer.folder in failures)]
-        if not going:
-            break
+    try:
+        for step, (part, batch) in enumerate(reading.batches(first, last), first):
+            at_it = [trainer for trainer in going if trainer.step == step]
+            _each(at_it, lambda trainer: trainer.take(batch, part), failures)  # noqa: B023 - called at once
+            _check([trainer for trainer in at_it if trainer.check_is_due], reading, failures)
+            _each(at_it, Trainer.save_if_due, failures)
+            states = [trainer.state for trainer in at_it]
+            progress(step + 1, last, states[0] if len(trainers) == 1 else f"{len(going)} trainings")
+            going = [trainer for trainer in going if not (trainer.finished or trainer.folder in failures)]
+            if not going:
+                break
+    except Exception as error:
+        failures |= {one.folder: error for one in going if not (one.finished or one.folder in failures)}
+        if not failures:
+            raise
     return failures
 
 
-def _each(trainers: Iterable[Trainer], act: Callable[[Trainer], None], failures: Failures) -> None:
-    """Let each act that has not failed, and take down what it fails with."""
+def _each(trainers: Sequence[Trainer], act: Callable[[Trainer], None], failures: Failures) -> None:
+    """Let each act that has not failed, and take down what it fails with.
+
+    What it had in memory is then for its neighbours, who may have run out of it as well.
+    """
     for trainer in trainers:
         if trainer.folder not in failures:
             try:
@@ -103,6 +113,16 @@ def _each(trainers: Iterable[Trainer], act: Callable[[Trainer], None], failures:
                     act(trainer)
             except Exception as error:  # whatever it is, it is this training's alone
                 failures[trainer.folder] = error
+                if len(trainers) > 1:
+                    _forget(error)
+                    trainer.let_go()
+
+
+def _forget(error: BaseException | None) -> None:
+    """Let go of what the functions held that an error came through, and those it came from."""
+    while error is not None:
+        clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 def _check(due: Sequence[Trainer], reading: Reading, failures: Failures) -> None:

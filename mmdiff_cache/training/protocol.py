@@ -24,8 +24,8 @@ class Way:
 
     split: str
     weights: str
-    align: str
-    flip: bool
+    align: str = "none"
+    flip: bool = False
 
     @property
     def name(self) -> str:
@@ -37,14 +37,17 @@ class Way:
 def in_words(dataset: CachedFeatureDataset, task: Task, way: Way) -> str:
     """The protocol of an evaluation."""
     label = dataset.reader.label_specs[task.label]
-    failed = len(dataset.reader.failed)
-    left_out = f" ({failed} failed sample(s) left out)" if failed else ""
+    missing = len(dataset.reader) - len(dataset)
+    left_out = f" ({missing} left out that failed or have no label)" if missing else ""
+    void = "" if label.ignore is None else f", id {label.ignore} not counted"
     align, span = _ALIGNED[way.align], label.valid_range
     how = {
-        "classes": f"IoU from one confusion matrix over all samples, id {label.ignore} not counted, its mean "
-        "over the classes that the labels show",
-        "mask": "S-measure, maximum F of the mean curve over 256 thresholds and MAE by pysodmetrics",
-        "depth": f"each sample's errors, then their mean; depths in {span} m, {align}",
+        "classes": f"IoU from one confusion matrix over all samples{void}, its mean over the classes that "
+        "the labels show",
+        "mask": "8-bit predictions stretched to 0..1 a sample; S-measure, maximum F of the mean curve over "
+        "256 thresholds and MAE by pysodmetrics",
+        "depth": f"each sample's errors, then their mean; depths in {span} m, predictions clamped to it, "
+        f"{align}",
     }[label.kind]
     if label.crop is not None:
         top, bottom, left, right = label.crop

@@ -61,8 +61,8 @@ class Evaluation:
         names = sorted({name for scores in self.per_sample.values() for name in scores})
         rows = [[key, *(scores.get(name) for name in names)] for key, scores in self.per_sample.items()]
         iou: Mapping[str, float | None] = self.scores.get("iou", {})
-        classes = {"classes": _csv(["class", "iou"], iou.items())} if iou else {}
-        return {"samples": _csv(["sample_id", *names], rows), **classes}
+        classes = {"classes": csv_text(["class", "iou"], iou.items())} if iou else {}
+        return {"samples": csv_text(["sample_id", *names], rows), **classes}
 
     def __str__(self) -> str:
         return "\n".join(_lines(self))
@@ -91,8 +91,10 @@ def _lines(result: Evaluation) -> list[str]:
     iou = result.scores.get("iou")
     if iou:
         lines += ["", "IoU by class", *_wrapped(iou)]
+    skipped: int = result.scores.get("skipped", 0)
+    empty = [f"{skipped} of them are not in the mean: no pixel of their labels counts"] if skipped else []
     written = [] if result.export is None else ["", f"predictions {result.export}"]
-    return [*lines, "", result.protocol, *written]
+    return [*lines, "", result.protocol, *empty, *written]
 
 
 def _wrapped(values: Mapping[str, float | None]) -> list[str]:
@@ -106,12 +108,17 @@ def _wrapped(values: Mapping[str, float | None]) -> list[str]:
     return _aligned([[name, number] for name, number in zip(names, numbers, strict=True)])
 
 
-def _csv(header: Sequence[str], rows: Iterable[Iterable[Any]]) -> str:
+def csv_text(header: Sequence[str], rows: Iterable[Iterable[Any]]) -> str:
+    """Rows as CSV: numbers in full, None empty, and no text that a spreadsheet would take for a formula."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows(rows)
+    writer.writerows([_plain(cell) for cell in row] for row in [header, *rows])
     return text.getvalue()
+
+
+def _plain(cell: Any) -> Any:
+    formula = isinstance(cell, str) and cell[:1] in ("=", "+", "-", "@") and cell != "-"
+    return f"'{cell}" if formula else cell
 
 
 def _columns(result: Evaluation) -> list[str]:

@@ -1,7 +1,7 @@
 """From a configuration with gaps to one without: the store is found, and it and the task fill every None."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -10,8 +10,7 @@ import torch
 from mmdiff_cache.config import AggregatorConfig, TrainConfig, data_folder, filled
 from mmdiff_cache.errors import ConfigError
 from mmdiff_cache.loader import CROSS_ATTENTION, NO_CONCEPTS, Inputs, settle
-from mmdiff_cache.loader.inputs import WITHOUT_TRANSFORMER
-from mmdiff_cache.models.aggregator import resolve_aggregator
+from mmdiff_cache.models.aggregator import PRESETS, resolve_aggregator
 from mmdiff_cache.models.mmdiff import default_decoder_width
 from mmdiff_cache.records import LabelSpec
 from mmdiff_cache.store.reader import SplitReader, Store, open_store
@@ -25,6 +24,8 @@ SMALLEST_WIDTH = 64
 HEADS = 8
 SHARED = ("layers", "timesteps", "variants", "concepts", "discriminative", "aggregator", "decoder_width")
 """What the tasks of a unified run read and train together."""
+ABSENT = "absent"
+"""Stands for what a store does not have."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,10 +51,18 @@ def origin(store: Store) -> Origin:
     )
 
 
-def encoder_hashes(store: Store, names: Iterable[str]) -> dict[str, str]:
-    """Which discriminative encoders those of a store are; the identity of hidden states does not tell."""
-    stored = {encoder.name: encoder.weights_sha256 for encoder in store.manifest.schema.discriminative}
-    return {f"weights of {name}": stored.get(name, "absent") for name in names}
+def guidance_identity(store: Store, config: TrainConfig) -> Mapping[str, str]:
+    """What a store's concept maps and encoders are; the identity of its hidden states does not tell.
+
+    The same number of channels may be those of other words, or of another encoder of the same name.
+    """
+    schema = store.manifest.schema
+    encoders = {encoder.name: encoder.weights_sha256 for encoder in schema.discriminative}
+    words = {vocabulary.name: ", ".join(vocabulary.concepts) for vocabulary in schema.vocabularies}
+    found = {f"weights of {name}": encoders.get(name, ABSENT) for name in config.discriminative}
+    if config.concepts not in (None, NO_CONCEPTS, CROSS_ATTENTION):
+        found[f"vocabulary {config.concepts}"] = words.get(config.concepts, ABSENT)
+    return found
 
 
 def resolve(config: TrainConfig) -> TrainConfig:
@@ -65,6 +74,7 @@ def resolve(config: TrainConfig) -> TrainConfig:
     first, *others = [_resolve_part(one) for one in parts(config)]
     if not others:
         return first
+    alone = [filled(one.steps) for one in (first, *others)]
     for other in others:
         for entry in fields(TrainConfig):
             have, want = getattr(first, entry.name), getattr(other, entry.name)
@@ -77,7 +87,7 @@ def resolve(config: TrainConfig) -> TrainConfig:
         first,
         task=config.task,
         stores=tuple(one.stores[0] for one in (first, *others)),
-        steps=config.steps or sum(filled(one.steps) for one in (first, *others)),
+        steps=config.steps or (math.ceil(sum(alone) / len(alone)) if config.disjoint else sum(alone)),
         disjoint=config.disjoint,
         mixing=config.mixing or (1.0,) * (1 + len(others)),
         loss_weights=config.loss_weights,
@@ -152,7 +162,10 @@ def label_spec(reader: SplitReader, task: Task) -> LabelSpec:
     specs = reader.label_specs
     if task.label not in specs:
         stored = ", ".join(f"{name} ({spec.kind})" for name, spec in specs.items()) or "none"
-        raise ConfigError(f"{reader.path} has no labels {task.label!r}; stored: {stored}")
+        raise ConfigError(
+            f"{reader.path} has no labels {task.label!r}; stored: {stored}; take another store, or put them "
+            "into this one with 'mmdiff-cache labels add'"
+        )
     spec = specs[task.label]
     if spec.kind != task.kind:
         raise ConfigError(f"task {task.name} needs labels of kind {task.kind}, {spec.name!r} are {spec.kind}")
@@ -178,18 +191,20 @@ def pick_device(name: str) -> str:
 
 
 def _inputs(config: TrainConfig, task: Task, store: Store) -> Inputs:
-    """Layers, timesteps and variants in stored order, and what the task and the store fill in.
+    """Layers from shallow to deep, timesteps from noisy to clean, and what task and store fill in.
 
-    The same choice gives the same model, in whatever order it was typed.
+    The same choice gives the same model, in whatever order it was typed. A store keeps the order in which
+    the extraction was asked for them; but decoders take the first layer for the shallowest, and several
+    stores must agree.
     """
     reader = store[TRAIN_SPLIT]
-    steps = sorted(map(reader.timestep_index, config.timesteps or reader.timesteps))
+    chosen = [reader.timesteps[reader.timestep_index(t)] for t in config.timesteps or reader.timesteps]
     inputs = settle(
         reader,
         store.manifest.schema,
         source=config.source,
         layers=config.layers,
-        timesteps=[reader.timesteps[step] for step in steps],
+        timesteps=sorted(chosen, reverse=True),
         variants=config.variants,
         variant_use=config.variant_use,
         concepts=_concepts(config, task, reader),
@@ -201,15 +216,24 @@ def _inputs(config: TrainConfig, task: Task, store: Store) -> Inputs:
     stored = encoders[inputs.discriminative[0]].layers if of_encoder else reader.layers
     return replace(
         inputs,
-        layers=tuple(layer for layer in stored if layer in inputs.layers),
+        layers=tuple(sorted((layer for layer in stored if layer in inputs.layers), key=_depth)),
         variants=tuple(sorted(inputs.variants)),
         discriminative=tuple(name for name in encoders if name in inputs.discriminative),
     )
 
 
+def _depth(address: str) -> tuple[bool, int]:
+    """What sorts blocks from shallow to deep: `double.17` comes before `single.4`."""
+    kind, _, number = address.rpartition(".")
+    return kind == "single", int(number) if number.isdecimal() else 0
+
+
 def _concepts(config: TrainConfig, task: Task, reader: SplitReader) -> str:
-    """The vocabulary: the one asked for, or the task's own; none for sources without transformer."""
-    if config.concepts is None and config.source in WITHOUT_TRANSFORMER:
+    """The vocabulary: the one asked for, or the task's own; none beside another source than hidden states.
+
+    An encoder alone is a baseline (Paper: Tab. 4), and concept maps come from the transformer.
+    """
+    if config.concepts is None and config.source != "hidden_states":
         return NO_CONCEPTS
     name = config.concepts or task.vocabulary
     if name not in (NO_CONCEPTS, CROSS_ATTENTION, *reader.vocabularies):
@@ -245,6 +269,13 @@ def _check_channels(config: TrainConfig, channels: int) -> None:
 
 def _aggregator(config: TrainConfig, width: int) -> AggregatorConfig:
     chosen = replace(config.aggregator, width=width)
+    preset = PRESETS[chosen.preset]
+    if all(getattr(chosen, name) not in (None, value) for name, value in preset.items()):
+        raise ConfigError(
+            f"aggregator.preset {chosen.preset} would decide nothing: {', '.join(preset)} are all given, as "
+            "in a run's config.json, and none as it has them; --set aggregator.layer_scale=null, and so on, "
+            "leaves them to the preset"
+        )
     if config.source == "latents" and chosen.norm is None:
         chosen = replace(chosen, norm="none")
     return resolve_aggregator(chosen)
@@ -252,5 +283,5 @@ def _aggregator(config: TrainConfig, width: int) -> AggregatorConfig:
 
 def _steps(config: TrainConfig, task: Task, reader: SplitReader, batch_size: int) -> int:
     """The task's epochs over the whole split, whatever the limit: sizes compare at equal steps (App. A)."""
-    samples = samples_of_the_split(reader, task.label)
-    return max(1, math.ceil(task.epochs * samples * (1 - config.holdout) / batch_size))
+    trained = samples_of_the_split(reader, task.label) * (1 - config.holdout)
+    return max(1, math.ceil(task.epochs * trained / min(batch_size, max(trained, 1))))

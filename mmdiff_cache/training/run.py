@@ -22,7 +22,7 @@ from mmdiff_cache.store.reader import Store, open_store
 from mmdiff_cache.training import checkpoint
 from mmdiff_cache.training.build import Model, Setup, build_model, for_task, spec_from_json
 from mmdiff_cache.training.checkpoint import BEST, EMA, LAST, RAW
-from mmdiff_cache.training.environment import environment
+from mmdiff_cache.training.environment import environment, note_environment
 from mmdiff_cache.training.folder import (
     CONFIG,
     ENVIRONMENT,
@@ -41,7 +41,7 @@ from mmdiff_cache.training.folder import (
 from mmdiff_cache.training.loop import Reading, run_loop
 from mmdiff_cache.training.plan import TrainingPlan, plan
 from mmdiff_cache.training.random_state import own_random_state
-from mmdiff_cache.training.resolve import encoder_hashes, pick_device
+from mmdiff_cache.training.resolve import guidance_identity, pick_device
 from mmdiff_cache.training.trainer import Share, Trainer, has_waited, waited_for
 from mmdiff_cache.training.unified import judge, part, task_names
 
@@ -172,22 +172,37 @@ def one_task(run: "Run | str | Path", task: str | None) -> Run:
     return run if task is None else run.for_task(task)
 
 
-def model_for_run(run: "Run | str | Path", weights: str = EMA) -> Model:
-    """A run's model in evaluation mode, on the CPU. Weights: `ema`, `raw` or `best`.
+def weights_of(run: "Run | str | Path", weights: str) -> tuple[Path, str]:
+    """The file with weights of a run, `ema`, `raw` or `best`, and their group in it.
 
-    Raises ConfigError for other weights, CheckpointError for a checkpoint that cannot be used.
+    Raises ConfigError for weights there are not.
     """
     if weights not in WEIGHTS:
         raise ConfigError(f"weights must be one of {', '.join(WEIGHTS)}, got {weights!r}")
     name, group = WEIGHTS[weights]
-    path = load_run(run).path / name
+    run = load_run(run)
+    if name == BEST and not (run.path / name).exists():
+        raise ConfigError(
+            f"{run.path} has no best weights: no check of held-out samples has had a score "
+            f"(holdout is {run.config.holdout:g}); take --weights {EMA} or {RAW}"
+        )
+    return run.path / name, group
+
+
+def model_for_run(run: "Run | str | Path", weights: str = EMA) -> Model:
+    """A run's model in evaluation mode, on the CPU. Weights: `ema`, `raw` or `best`.
+
+    Raises ConfigError for weights there are not, CheckpointError for a checkpoint that cannot be used.
+    """
+    run = load_run(run)
+    path, group = weights_of(run, weights)
     spec = spec_from_json(checkpoint.read_header(path).spec)
     with torch.device("meta"):  # a spec that asks for more than the file holds costs no memory
         checkpoint.check_shapes(build_model(spec), path, group)
     with own_random_state():
         model = build_model(spec)
     checkpoint.load_weights(model, path, group)
-    return for_task(model.requires_grad_(False).eval(), load_run(run).config.task)
+    return for_task(model.requires_grad_(False).eval(), run.config.task)
 
 
 def device_of(run: Run) -> str:
@@ -217,10 +232,10 @@ def store_of(run: Run, path: str | Path | None = None) -> Store:
             f"{run.path} was trained on a store with identity {run.origin['fingerprint'][:12]}, {folder} has "
             f"{store.manifest.fingerprint[:12]}; name the former store, or train again"
         )
-    for name, value in encoder_hashes(store, run.config.discriminative).items():
-        if run.origin.get(name) != value:
+    for name, value in guidance_identity(store, run.config).items():
+        if run.origin.get(name, value) != value:  # an earlier release did not write all of them down
             raise CheckpointError(
-                f"{run.path} was trained with {name} {run.origin.get(name)}, {folder} has {value}; name the "
+                f"{run.path} was trained with {name} {run.origin[name]}, {folder} has {value}; name the "
                 "former store, or train again"
             )
     return store
@@ -281,6 +296,8 @@ def _made(setup: Setup, folder: Path, shares: Sequence[Share]) -> Trainer:
     trainer = Trainer(setup, folder, shares)
     if (folder / LAST).exists():
         trainer.go_on()
+        if not trainer.finished:
+            note_environment(folder / ENVIRONMENT, setup.config.device, trainer.step)
     else:
         clear_start(folder)
         checkpoint.write_json(folder / CONFIG, setup.config.to_json())

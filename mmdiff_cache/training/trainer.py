@@ -1,7 +1,9 @@
 """One training: its state, one step of it, its checks and its checkpoints."""
 
+import gc
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -37,7 +39,7 @@ from mmdiff_cache.training.pictures import albums
 from mmdiff_cache.training.random_state import RandomState
 from mmdiff_cache.training.scoring import Predictor, Scores, model_predictor, seen_through
 from mmdiff_cache.training.step import NotFinite, compute_gradient, limit_gradient, weigh_gradient
-from mmdiff_cache.training.unified import Balance, judge
+from mmdiff_cache.training.unified import Balance, judge, turns
 
 logger = logging.getLogger(__name__)
 
@@ -87,6 +89,8 @@ class Trainer:
         )
         self.schedule: LambdaLR = make_schedule(self.optimiser, steps=self.steps)
         self.step = 0
+        self.taken = Counter[int]()
+        """Steps made on each part."""
         self.best: float | None = None
         self.checks_since_best = 0
         self.headline = judge(setup.config, setup.parts[0].origin.dataset)
@@ -106,40 +110,51 @@ class Trainer:
         return self.step >= self.steps or has_waited(self.config.patience, self.checks_since_best)
 
     def begin(self) -> None:
-        """Say what is trained, and start the clock."""
+        """Say what is trained."""
         counts = ", ".join(f"{name} {count:,}" for name, count in self.model.parameter_counts().items())
         samples = " + ".join(str(len(part.samples)) for part in self.setup.parts)
         logger.info("training on %s samples, parameters: %s", samples, counts)
-        self._first, self._begun = self.step, time.monotonic()
-        self._saved = self._begun
+        self._first, self._saved = self.step, time.monotonic()
         self._board = Board(self.folder, after=self.step)
 
     def end(self) -> None:
         """Close what is open."""
         self._board.close()
 
+    def let_go(self) -> None:
+        """Give back the memory of a training that failed; it goes on from its checkpoint, in another one."""
+        del self.model, self.ema, self.optimiser, self.schedule
+        gc.collect()  # an optimiser and its schedule hold each other
+
     def take(self, batch: Batch, part: int) -> None:
         """One step on a batch of a part, and its line in the metrics where one is due."""
         rate = self.config.learning_rate * rate_factor(self.step, steps=self.steps)
+        if self.step == self._first:  # it may have waited for neighbours that were behind
+            self._begun = time.monotonic()
         with self.random:
-            loss, norm = self.learn(self.shares[part](batch), self.setup.parts[part])
+            values = self.learn(self.shares[part](batch), self.setup.parts[part])
         speed = (self.step - self._first) * self.batch_size / (time.monotonic() - self._begun)
-        if self.step % max(1, self.steps // LOG_LINES) == 0:
-            values = {"loss": loss, "learning_rate": rate, "gradient_norm": norm}
-            speeds = {"samples_per_second": round(speed, 2)}
-            append_metrics(self.folder, {"step": self.step, **values, **speeds})
-            self._board.add(self.step, {f"train/{name}": value for name, value in values.items()})
-        self.state = f"loss {loss:.4f}, {speed:.3g} samples/s"
+        task = self.setup.parts[part].task.name if len(self.setup.parts) > 1 else None
+        self.taken[part] += 1
+        # Counted by task: where several come by turns, every n-th step might always be that of the same one.
+        if self.taken[part] % max(1, self.steps // LOG_LINES) == 0:
+            values |= {"learning_rate": rate}
+            named = {} if task is None else {"task": task}
+            line = {"step": self.step, **named, **values, "samples_per_second": round(speed, 2)}
+            append_metrics(self.folder, line)
+            self._board.add(self.step, {_curve("train", task, name): value for name, value in values.items()})
+        self.state = f"{f'{task} ' if task else ''}loss {values['loss']:.4f}, {speed:.3g} samples/s"
 
     @compile_errors()
-    def learn(self, batch: Batch, part: Part) -> tuple[float, float]:
-        """One step; its loss, and the norm of its gradient before clipping.
+    def learn(self, batch: Batch, part: Part) -> dict[str, float]:
+        """One step; its `loss`, `gradient_norm` before clipping, of several tasks also its `loss_weight`.
 
         Raises TrainingError, naming the samples, if either is not finite; nothing has changed then.
         """
         config, name = self.config, part.task.name
+        values: dict[str, float] = {}
         try:
-            loss = compute_gradient(
+            values["loss"] = compute_gradient(
                 for_task(self.model, name),
                 batch,
                 part.task,
@@ -148,15 +163,16 @@ class Trainer:
                 precision=config.precision,
             )
             if len(self.setup.parts) > 1:
-                weigh_gradient(self.model, self.balance.weight(name, loss))
-            norm = limit_gradient(self.model, config.clip, batch.ids)
+                values["loss_weight"] = self.balance.weight(name, values["loss"])
+                weigh_gradient(self.model, values["loss_weight"])
+            values["gradient_norm"] = limit_gradient(self.model, config.clip, batch.ids)
         except NotFinite as error:
             raise self._not_finite(error, part) from error
         self.optimiser.step()
         self.schedule.step()
         self.ema.update(self.model)
         self.step += 1
-        return loss, norm
+        return values
 
     def _not_finite(self, error: NotFinite, part: Part) -> TrainingError:
         remedies = [f"lower learning_rate ({self.config.learning_rate:g})"]
@@ -273,6 +289,7 @@ class Trainer:
         ):
             group["lr"] = base * factor(self.step)
         cut_metrics(self.folder, self.step)
+        self.taken = Counter(turns(self.setup.ratio, 0, self.step))
         if len(self.setup.parts) > 1:
             self.balance.unpack(checkpoint.read_group(path, BALANCE))
         self.random.unpack(checkpoint.read_group(path, RNG))
@@ -289,10 +306,15 @@ def waited_for(checks: int, headline: str) -> str:
     return f"{checks} check{'s' * (checks > 1)} without a better held-out {headline}"
 
 
+def _curve(group: str, task: str | None, name: str) -> str:
+    """What a curve is called in TensorBoard; the task is named where there are several."""
+    return f"{group}/{name}" if task is None else f"{group}/{task}/{name}"
+
+
 def _curves(scores: Scored) -> dict[str, float]:
     """The numbers among the held-out scores, named for TensorBoard."""
     return {
-        f"held_out_{weights}/{f'{task}/' if len(found) > 1 else ''}{name}": value
+        _curve(f"held_out_{weights}", task if len(found) > 1 else None, name): value
         for weights, found in scores.items()
         for task, result in found.items()
         for name, value in result.overall.items()

@@ -6,13 +6,14 @@ Each step takes a batch of one task; the others' heads get no gradient in it.
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mmdiff_cache.config import TrainConfig
+from mmdiff_cache.datasets.prompts import FROM_FILE
 from mmdiff_cache.errors import ConfigError
-from mmdiff_cache.store.manifest import Manifest
 from mmdiff_cache.tasks import find_task, headline
 
 JOIN = "+"
@@ -54,7 +55,7 @@ def part(config: TrainConfig, task: str) -> TrainConfig:
         config,
         task=task,
         stores=stores,
-        concepts=config.concepts or VOCABULARY,
+        concepts=config.concepts or (VOCABULARY if config.source == "hidden_states" else None),
         mixing=None,
         loss_weights=None,
         disjoint=False,
@@ -66,17 +67,28 @@ def parts(config: TrainConfig) -> tuple[TrainConfig, ...]:
     return tuple(part(config, task) for task in task_names(config))
 
 
-def check_same_identity(manifests: Mapping[str, Manifest]) -> None:
-    """Raise ConfigError unless all stores were extracted in the same way; named by their folders."""
-    first, *others = manifests
+def check_same_identity(identities: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raise ConfigError unless all stores, named by their folders, were extracted in the same way.
+
+    Prompts out of a file are the same way, whichever file: each data set has captions of its own.
+    """
+    first, *others = identities
     for other in others:
-        have, want = manifests[first].identity, manifests[other].identity
+        have, want = (
+            {**identities[path], "prompts": _kind_of_prompts(identities[path])} for path in (first, other)
+        )
         for name in [*have, *(name for name in want if name not in have)]:
             if have.get(name) != want.get(name):
                 raise ConfigError(
                     f"one model cannot learn from {first} and {other}: their {name} is {have.get(name)} "
                     f"and {want.get(name)}; extract both in the same way"
                 )
+
+
+def _kind_of_prompts(identity: Mapping[str, Any]) -> str | None:
+    """A rule's name, or for any file the same."""
+    prompts = identity.get("prompts")
+    return "a file" if str(prompts).startswith(FROM_FILE) else prompts
 
 
 def turns(ratio: Sequence[float], start: int, stop: int) -> Iterator[int]:

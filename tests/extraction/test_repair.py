@@ -29,7 +29,7 @@ def whole(tiny_flux_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> P
             partition_size=2,
             layers=("double.1", "single.2"),
             timesteps=(0.5, 0.1),
-            concepts={"two": ("near", "far")},
+            concepts={"two": ("near", "far"), "also": ("object", "background")},
         )
     ).path
 

@@ -345,6 +345,10 @@ def test_dropout_repeats_with_the_seed_and_passes_gradients_of_what_it_kept() ->
     assert torch.equal(add_dropped(x, branch, 0.0), branch)
 
 
+def test_a_dropout_next_to_one_keeps_finite_numbers() -> None:
+    assert add_dropped(torch.zeros(8, 50, 40), torch.ones(8, 50, 40), 0.999999).isfinite().all()
+
+
 def test_only_training_drops() -> None:
     model, features = build(), random_features()
     assert torch.equal(model(features), model(features))

@@ -120,6 +120,14 @@ def test_width_must_compress(width: int) -> None:
         MMDiff.from_spec(spec)
 
 
+def test_the_width_that_is_proposed_can_be_had() -> None:
+    """Half of twelve is no multiple of four heads."""
+    spec = dataclasses.replace(TINY, aggregator=AggregatorConfig(width=C, heads=4))
+    with pytest.raises(ConfigError, match=r"--set aggregator\.width=4$"):
+        MMDiff.from_spec(spec)
+    MMDiff.from_spec(dataclasses.replace(TINY, aggregator=AggregatorConfig(width=4, heads=4)))
+
+
 def test_missing_or_foreign_guidance_is_refused() -> None:
     model, (hidden_states, concepts, others) = MMDiff.from_spec(TINY), inputs()
     for wrong in ((None, others), (concepts, ()), (concepts[:, :2], others)):

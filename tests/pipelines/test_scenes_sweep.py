@@ -61,6 +61,33 @@ def test_a_recipe_without_sweep_is_refused(tmp_path: Path, capsys: pytest.Captur
     assert "must return a list of TrainConfig" in capsys.readouterr().err
 
 
+def test_what_goes_wrong_in_a_recipe_is_one_line_that_says_where(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for text in ("def sweep():\n    return nothing\n", "import os\nnothing\n"):
+        (tmp_path / "one.py").write_text(text)
+        assert run(["sweep", "--config", str(tmp_path / "one.py")]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert "one.py, line 2 cannot be run: NameError: name 'nothing' is not defined" in error
+
+
+def test_a_sweep_of_which_nothing_can_be_trained_names_no_next_command(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tmp_path / "one.py"
+    recipe.write_text(
+        "from mmdiff_cache.config import TrainConfig\n"
+        "def sweep():\n"
+        "    return [TrainConfig(task='depth', stores=('nowhere',), seed=n) for n in range(9)]\n"
+    )
+    assert run(["sweep", "--config", str(recipe), "--out", str(tmp_path / "out")]) == 3
+    caught = capsys.readouterr()
+    assert caught.err.count("nowhere") == caught.out.count("nowhere") == 1, "one reason, one line"
+    assert "1. seed-0 and 8 more: " in caught.err
+    assert "next:" not in caught.out
+
+
 def test_failures_are_listed_and_end_with_code_3(
     learnable_store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -224,20 +225,25 @@ def test_a_refused_writer_leaves_no_lock(finished: Path) -> None:
     open_writer(finished, make_manifest()).close()
 
 
-def test_a_folder_that_cannot_be_written_is_said_so(tmp_path: Path) -> None:
+@pytest.mark.parametrize("reached", [True, False])
+def test_a_folder_that_cannot_be_written_is_said_so(reached: bool) -> None:
     """In a process without rights of its own, for root may write anywhere."""
-    tmp_path.chmod(0o755)
-    for folder in tmp_path.parents[:2]:
-        folder.chmod(0o755)
+    with tempfile.TemporaryDirectory() as name:  # those of pytest lie in folders that only their user reaches
+        (folder := Path(name) / "folder").mkdir()
+        Path(name).chmod(0o755 if reached else 0o700)
+        _refused_without_rights(folder)
+
+
+def _refused_without_rights(folder: Path) -> None:
     script = (
         "import sys, os\nfrom tests.store.synthetic import *\n"
-        "os.setuid(65534) if os.getuid() == 0 else os.chmod(sys.argv[1], 0o555)\n"
+        "os.setuid(65534) if os.getuid() == 0 else os.chmod(sys.argv[1], 0o500)\n"
         "try:\n    open_writer(sys.argv[1] + '/s', make_manifest())\n"
         "except Exception as error:\n    print(type(error).__name__, error)\n"
     )
-    words = [sys.executable, "-c", script, str(tmp_path)]
+    words = [sys.executable, "-c", script, str(folder)]
     done = subprocess.run(words, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False)
-    assert done.stdout.startswith("StorageRefused cannot write"), done.stderr
+    assert done.stdout.startswith("StorageRefused cannot write"), done.stdout + done.stderr
     assert "no permission; choose a folder that can be written, with --store" in done.stdout
 
 

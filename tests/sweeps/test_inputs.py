@@ -78,8 +78,9 @@ def test_each_run_ends_as_it_does_alone(group: str, rich_store: Path, tmp_path: 
         for task in alone.tasks:
             scores = evaluate(alone, task=task)
             title = scores.headline if len(alone.tasks) == 1 else f"{task} {scores.headline}"
-            assert read_result(shared).test[title] == scores.scores[scores.headline]
-        assert read_result(shared).test == read_result(alone.path).test
+            assert read_result(shared).scores["test"][title] == scores.scores[scores.headline]
+        assert read_result(shared).scores == read_result(alone.path).scores
+        assert read_result(shared).protocols == read_result(alone.path).protocols
 
 
 @pytest.fixture(scope="module")

@@ -1,19 +1,23 @@
 """A sweep isolates its failures, goes on where it stopped, and does not depend on how its list is written."""
 
 import csv
+import errno
 import json
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from mmdiff_cache.config import TrainConfig
-from mmdiff_cache.errors import ConfigError
-from mmdiff_cache.sweeps import compare, sweep
+from mmdiff_cache.errors import ConfigError, DamageError
+from mmdiff_cache.sweeps import compare, part, sweep
 from mmdiff_cache.sweeps.plan import SweepPlan, plan_sweep
 from mmdiff_cache.sweeps.run import SweepResult
+from mmdiff_cache.training.build import Setup
 from mmdiff_cache.training.evaluate import evaluate
+from mmdiff_cache.training.loop import Reading
 from tests.sweeps.conftest import contents, quick
 
 
@@ -58,12 +62,12 @@ def test_it_ends_with_a_table_of_means_over_seeds(steady: SweepResult) -> None:
     lines = list(csv.DictReader((steady.path / "table.csv").read_text().splitlines()))
     runs = json.loads(json.dumps(compare([steady.path]).to_json()))["runs"]
     for line, row in zip(lines, steady.table.rows, strict=True):
-        own = [run["test"]["miou"] for run in runs
+        own = [run["scores"]["test"]["miou"] for run in runs
                if ",".join(f"{t:g}" for t in run["config"]["timesteps"]) == line["timesteps"]]  # fmt: skip
         assert len(own) == 2
         assert float(line["test miou mean"]) == pytest.approx(sum(own) / 2)
         assert float(line["test miou std"]) == pytest.approx(abs(own[0] - own[1]) / 2**0.5)
-        assert row.test["miou"].mean == float(line["test miou mean"])
+        assert row.scores["test"]["miou"].mean == float(line["test miou mean"])
     assert (steady.path / "plot.png").read_bytes().startswith(b"\x89PNG")
     assert "± " in (steady.path / "table.md").read_text()
 
@@ -144,6 +148,45 @@ def test_one_that_fails_leaves_the_others_as_they_are(
     assert "decoder must be one of" in reasons
     assert json.loads((result.path / "sweep.json").read_text())["failed"] == result.failed
     assert len(result.table.rows) == 2
+
+
+def test_scores_that_cannot_be_written_are_that_runs_failure(
+    learnable_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others are scored, and the same command scores this one."""
+    real, plan = os.replace, plan_sweep(grid(learnable_store)[:2], tmp_path / "sweep")
+    unlucky = plan.runs[0].folder
+
+    def refuse(source: Path, target: Path) -> None:
+        if target == unlucky / "scores-test.json":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", refuse)
+        result = sweep(plan)
+    assert list(result.failed) == [unlucky.name]
+    assert "no space left on device" in result.failed[unlucky.name]
+    again = plan_sweep(grid(learnable_store)[:2], tmp_path / "sweep")
+    assert [run.state for run in again.runs] == ["finished", "scored"]
+    assert not sweep(again).failed
+
+
+def test_a_reading_that_cannot_begin_stops_no_other(
+    learnable_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = grid(learnable_store)[0], replace(grid(learnable_store)[0], order_seed=1)
+    real = part.shared_reading
+
+    def refuse(setups: Sequence[Setup]) -> Reading:
+        if setups[0].config.order_seed == 0:
+            raise DamageError("chunk 7 does not match its record")
+        return real(setups)
+
+    monkeypatch.setattr(part, "shared_reading", refuse)
+    result = sweep([first, second], tmp_path / "sweep")
+    assert list(result.failed.values()) == ["chunk 7 does not match its record"]
+    assert [row.seeds for row in result.table.rows] == [1]
 
 
 def test_only_runs_of_the_same_samples_and_order_share(learnable_store: Path, tmp_path: Path) -> None:

@@ -151,7 +151,7 @@ def test_trained_baselines_are_trained_once_with_equal_steps(scenes_store: Path,
     assert names <= set(after.baselines)
     assert after.scores == before.scores
     folders = {entry.name for entry in (run.path / "baselines").iterdir()}
-    assert folders == {"latents", "images"}
+    assert folders == {"segmentation-latents", "segmentation-images"}
     for name in folders:
         other = load_run(run.path / "baselines" / name)
         assert other.finished
@@ -165,6 +165,16 @@ def test_trained_baselines_are_trained_once_with_equal_steps(scenes_store: Path,
     assert table.index("ema weights") < table.index("position only") < table.index("small CNN on pixels")
     assert "miou_shapes" in table.splitlines()[0]
     assert table.splitlines()[3].split()[:3] == ["miou_shapes", "sky", "ground"]
+
+
+def test_each_task_of_a_run_has_trained_baselines_of_its_own(learnable_store: Path, tmp_path: Path) -> None:
+    run = train(small_config(learnable_store, tmp_path / "run", task="segmentation+depth", steps=2))
+    evaluate(run, task="segmentation", with_trained_baselines=True)
+    assert set(evaluate(run, task="depth").baselines) == {"position only"}
+    found = evaluate(run, task="depth", with_trained_baselines=True)
+    latents = load_run(run.path / "baselines" / "depth-latents")
+    assert latents.config.task == "depth"
+    assert found.baselines["VAE latent, same head"] == evaluate(latents).scores
 
 
 def test_a_baseline_run_is_scored_beside_the_other_one(learnable_store: Path, tmp_path: Path) -> None:

@@ -70,9 +70,22 @@ def test_failed_samples_cost_no_other_its_place(tmp_path: Path) -> None:
     assert set(one.held_out) - {5} == set(other.held_out)
 
 
+def test_where_all_that_would_be_held_out_failed_it_is_said(tmp_path: Path) -> None:
+    reader = open_store(write_store(tmp_path / "whole", test=1))["train"]
+    [first] = divided(reader, limit=8).held_out
+    store = write_store(tmp_path / "part", test=1, failing=(reader.ids[first],))
+    with pytest.raises(ConfigError, match=r"0.1 of 7 sample\(s\) finds none to hold out for segmentation"):
+        divided(open_store(store)["train"], limit=8)
+
+
 def test_steps_are_those_of_the_whole_split_whatever_the_limit(learnable_store: Path) -> None:
     steps = {resolve(small_config(learnable_store, steps=None, limit=n)).steps for n in (2, 8, 16, None)}
     assert steps == {-(-20 * 144 // 40)}
+
+
+def test_a_split_smaller_than_a_batch_gets_its_passes_too(learnable_store: Path) -> None:
+    """A batch of 64 out of 14 samples is a batch of 14."""
+    assert resolve(small_config(learnable_store, steps=None, batch_size=64)).steps == 20
 
 
 def test_a_limit_does_not_excuse_a_store_that_was_never_finished(tmp_path: Path) -> None:

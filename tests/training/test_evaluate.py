@@ -17,6 +17,7 @@ from torch.nn import functional
 from mmdiff_cache.errors import CheckpointError, ConfigError, StoreError
 from mmdiff_cache.loader import CachedFeatureDataset
 from mmdiff_cache.training.evaluate import evaluate
+from mmdiff_cache.training.folder import read_metrics
 from mmdiff_cache.training.run import Run, load_run, model_for_run, train
 from tests.learnable import CLASSES, GRID, PATCH, write_store
 from tests.training.conftest import small_config
@@ -69,6 +70,33 @@ def test_raw_averaged_and_best_weights(trained: Callable[[str], Run]) -> None:
         evaluate(run, weights="latest")
 
 
+def test_the_best_weights_are_of_their_own_step(learnable_store: Path, tmp_path: Path) -> None:
+    changes = {"steps": 30, "checks": 15, "learning_rate": 0.3, "holdout": 0.5}
+    run = train(small_config(learnable_store, tmp_path / "run", **changes))
+    held_out = {
+        line["step"]: line["held_out"]["ema"]["miou"] for line in read_metrics(run.path) if "held_out" in line
+    }
+    best = max(held_out, key=lambda step: (held_out[step], -step))
+    assert best < 30
+    assert (evaluate(run).step, evaluate(run, weights="best").step) == (30, best)
+    assert f"{best} steps" in str(evaluate(run, weights="best"))
+
+
+def test_without_held_out_samples_there_are_no_best_weights(learnable_store: Path, tmp_path: Path) -> None:
+    run = train(small_config(learnable_store, tmp_path / "run", steps=1, holdout=0.0))
+    with pytest.raises(
+        ConfigError, match=r"has no best weights: .*holdout is 0\); take --weights ema or raw"
+    ):
+        evaluate(run, weights="best")
+
+
+def test_sample_ids_are_no_formulas(trained: Callable[[str], Run]) -> None:
+    result = evaluate(trained("depth"))
+    own = next(iter(result.per_sample.values()))
+    table = dataclasses.replace(result, per_sample={"=1+2": own, "plain": own}).tables()["samples"]
+    assert [line.split(",")[0] for line in table.splitlines()] == ["sample_id", "'=1+2", "plain"]
+
+
 def test_the_table_and_the_file_say_what_was_scored(trained: Callable[[str], Run]) -> None:
     run = trained("depth")
     result = evaluate(run.path)
@@ -111,6 +139,14 @@ def test_many_classes_stay_within_a_terminal(trained: Callable[[str], Run]) -> N
         found.update(zip(above.split(), below.split(), strict=True))
     assert found == {name: "-" if value is None else f"{value:.4f}" for name, value in iou.items()}
     assert len(lines) == 6
+
+
+def test_samples_that_no_mean_has_are_told(trained: Callable[[str], Run]) -> None:
+    result = evaluate(trained("depth"))
+    assert result.scores["skipped"] == 0
+    assert "not in the mean" not in str(result)
+    some = dataclasses.replace(result, scores={**result.scores, "skipped": 2})
+    assert str(some).splitlines()[-1] == "2 of them are not in the mean: no pixel of their labels counts"
 
 
 def test_aligned_depth_says_so_and_stands_beside_the_metric_one(trained: Callable[[str], Run]) -> None:

@@ -150,6 +150,27 @@ def test_the_commit_is_that_of_the_package_and_dirt_is_told(tmp_path: Path) -> N
     assert source_tree(package) == {"commit": commit, "dirty": True}
 
 
+def test_every_environment_that_a_training_went_on_in_is_noted(
+    learnable_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three sessions at two commits, then one that finds nothing to do at a third."""
+    config = small_config(learnable_store, tmp_path / "run", checks=6)
+    for commit, step in (("first", 3), ("first", 5), ("second", 9), ("second", None), ("third", None)):
+        monkeypatch.setattr(
+            "mmdiff_cache.training.environment.source_tree",
+            lambda package, commit=commit: {"commit": commit, "dirty": False},
+        )
+        if step is None:
+            train(config)
+        else:
+            with pytest.raises(Stop):
+                train(config, progress=stop_at(step))
+    noted = json.loads((tmp_path / "run" / "environment.json").read_text())
+    assert noted["source"]["commit"] == "first"
+    assert [(one["from_step"], one["source"]["commit"]) for one in noted["later"]] == [(4, "second")]
+    assert noted["later"][0]["versions"] == noted["versions"]
+
+
 def test_no_git_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     assert source_tree(PACKAGE) is None
@@ -168,9 +189,10 @@ def test_train_says_what_it_does_before_and_what_came_out_after(
         "task       segmentation on blocks, judged by miou (higher is better)",
         f"features   3 layers x 3 timesteps of flux-tiny, concepts segmentation, from {learnable_store}",
         "samples    14 trained on, 2 held out",
+        "model      aggregator token (appendix_f) 16 wide, decoder linear",
         f"parameters {sum(parts.values()):,}: aggregators {parts['aggregators']:,}, decoder 0, "
         f"head {parts['head']:,}",
-        "steps      10 of 4 (2.9 passes), 2 checks, ends after 2 without a better one",
+        "steps      10 of 4 (2.9 passes), 2 checks, ends after 2 without a better one, float32 on cpu",
     ]
     lines = after.splitlines()
     assert lines[0] == str(tmp_path / "run")

@@ -237,7 +237,7 @@ def test_best_is_the_checkpoint_with_the_best_held_out_score(trained: Callable[[
 def test_without_a_holdout_there_is_no_best(learnable_store: Path, tmp_path: Path) -> None:
     run = train(small_config(learnable_store, tmp_path / "run", holdout=0.0, steps=2))
     assert run.scores == {}
-    with pytest.raises(CheckpointError, match=r"best.safetensors does not exist"):
+    with pytest.raises(ConfigError, match=r"has no best weights: .*\(holdout is 0\)"):
         model_for_run(run, "best")
 
 
@@ -280,7 +280,7 @@ def test_a_task_is_one_entry(learnable_store: Path, tmp_path: Path, monkeypatch:
     assert run.scores["ema"]["miou"] >= 0
 
 
-def test_choices_are_put_in_stored_order(learnable_store: Path) -> None:
+def test_choices_are_put_in_order(learnable_store: Path) -> None:
     config = resolve(small_config(learnable_store, layers=("single.5", "single.1"), timesteps=(0.001, 0.78)))
     assert config.layers == ("single.1", "single.5")
     assert config.timesteps == (0.78, 0.001)
@@ -290,6 +290,8 @@ def test_choices_are_put_in_stored_order(learnable_store: Path) -> None:
     ("changes", "says"),
     [
         ({"task": "normals"}, "task 'normals' is not known"),
+        ({"label": "parts"}, r"has no labels 'parts'; stored: segmentation \(classes\).*labels add"),
+        ({"task": "depth", "label": "saliency"}, "depth needs labels of kind depth, 'saliency' are mask"),
         ({"layers": ("single.9",)}, "layer 'single.9' .* stored"),
         ({"timesteps": (0.5,)}, "timestep 0.5 .* stored"),
         ({"concepts": "animals"}, "'animals' .* stored: segmentation, saliency, depth.*--concepts none"),
