@@ -1,4 +1,4 @@
-"""`mmdiff-cache table`: wrong requests are one line, a plan writes nothing, what is missing costs its rows."""
+"""`mmdiff-cache table`: bad requests are one line, a plan writes nothing, what is missing costs its rows."""
 
 from pathlib import Path
 
