@@ -9,7 +9,7 @@ from mmdiff_cache.cli.configuration import parse_assignments, parse_named, parse
 from mmdiff_cache.cli.console import next_command, out, progress_bar, safe, say, warn
 
 if TYPE_CHECKING:
-    from mmdiff_cache.experiments.outcome import TableResult
+    from mmdiff_cache.experiments.result import TableResult
 
 SOME_FAILED = 3
 
@@ -101,7 +101,7 @@ def _show(result: "TableResult") -> None:
 
     for task in result.tasks:
         _print(task, report.header(task), report.cells(result, task))
-    if result.claims:
+    if result.judgements:
         _print("claims", report.claim_header(), report.claim_cells(result))
     for note in result.table.notes:
         say(f"note: {note}")

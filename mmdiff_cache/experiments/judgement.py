@@ -1,11 +1,11 @@
 """Claims put to the test: the paired differences of every seed, and the verdict that they give together."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from mmdiff_cache.errors import MMDiffError
-from mmdiff_cache.experiments.outcome import TableResult, score_name
+from mmdiff_cache.experiments.outcome import Outcome, score_name
 from mmdiff_cache.experiments.statistics import DRAWS, Difference, Verdict, paired_difference, verdict
 from mmdiff_cache.experiments.table import Claim
 
@@ -38,19 +38,21 @@ class Judgement:
         }
 
 
-def judge(result: TableResult, claim: Claim, draws: int = DRAWS) -> Judgement:
+def judge(claim: Claim, outcomes: Sequence[Outcome], draws: int = DRAWS) -> Judgement:
     """Compare both rows of a claim seed by seed; a seed that one of them lacks leaves the claim open."""
-    rows = [result.find(name, claim.task) for name in (claim.better, claim.worse)]
-    better, worse = ({} if row is None else row.runs for row in rows)
+    on_task = {one.row: one for one in outcomes if one.task == claim.task}
+    better, worse = on_task[claim.better], on_task[claim.worse]
     found: dict[int, Difference] = {}
-    reasons = [row.reason for row in rows if row is not None and row.reason is not None]
-    for seed in sorted({*better, *worse}):
-        if seed not in better or seed not in worse:
+    reasons = [row.reason for row in (better, worse) if row.reason is not None]
+    for seed in sorted({*better.runs, *worse.runs}):
+        if seed not in better.runs or seed not in worse.runs:
             reasons.append(f"only one of the rows has seed {seed}")
             continue
-        name = score_name(claim.metric, claim.task, rows[0].dataset if rows[0] is not None else "")
+        name = score_name(claim.metric, claim.task, better.dataset)
         try:
-            found[seed] = paired_difference(better[seed], worse[seed], claim.task, name, draws)
+            found[seed] = paired_difference(
+                better.runs[seed], worse.runs[seed], claim.task, name, draws, split=better.split or "test"
+            )
         except MMDiffError as error:
             reasons.append(str(error).splitlines()[0])
     if not found and not reasons:

@@ -1,4 +1,4 @@
-"""What came of a table: for every row and task the scores over seeds, or why it was not run."""
+"""What came of a row on a task: its scores over seeds, or why it was not run."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mmdiff_cache.experiments.table import METRICS, Claim, Table, group_reasons
+from mmdiff_cache.experiments.table import METRICS
 from mmdiff_cache.sweeps.results import SCORES, numbers
 from mmdiff_cache.sweeps.table import Spread, spread
 from mmdiff_cache.tasks import find_task, headline
@@ -48,48 +48,6 @@ class Outcome:
                 for name, one in self.scores.items()
             },
             "reason": self.reason,
-        }
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TableResult:
-    """A table that was carried out."""
-
-    path: Path
-    world: str
-    table: Table
-    tasks: tuple[str, ...]
-    outcomes: tuple[Outcome, ...]
-    """Row by row, for each the tasks that it answers."""
-
-    @property
-    def failed(self) -> list[str]:
-        """What was not run and why, a line a reason."""
-        return group_reasons(
-            {(one.row, one.task): one.reason for one in self.outcomes if one.reason is not None}
-        )
-
-    @property
-    def broken(self) -> bool:
-        """Whether something failed that could have been run."""
-        return any(one.expected and one.reason is not None for one in self.outcomes)
-
-    @property
-    def claims(self) -> tuple[Claim, ...]:
-        """Those about tasks that were asked for."""
-        return tuple(claim for claim in self.table.claims if claim.task in self.tasks)
-
-    def find(self, row: str, task: str) -> Outcome | None:
-        """What came of a row on a task; None where it does not answer it."""
-        return next((one for one in self.outcomes if (one.row, one.task) == (row, task)), None)
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return {
-            "title": self.table.title,
-            "world": self.world,
-            "notes": list(self.table.notes),
-            "outcomes": [one.to_json() for one in self.outcomes],
         }
 
 

@@ -8,7 +8,9 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from mmdiff_cache.experiments.outcome import Outcome, TableResult
+from mmdiff_cache.experiments.judgement import Judgement
+from mmdiff_cache.experiments.outcome import Outcome
+from mmdiff_cache.experiments.result import TableResult
 from mmdiff_cache.experiments.table import LOWER_IS_BETTER, METRICS
 from mmdiff_cache.training import checkpoint
 
@@ -36,27 +38,27 @@ def cells(result: TableResult, task: str) -> list[list[str]]:
 
 def claim_header() -> list[str]:
     """Titles of `claim_cells`."""
-    return ["claim", "metric", "better row", "worse row", "difference"]
+    return ["claim", "score", "gain, a line a seed: all test pictures [95 % interval]", "verdict"]
 
 
 def claim_cells(result: TableResult) -> list[list[str]]:
-    """A line a claim: the means of both rows, and what the first gains over the second (+ is better)."""
-    lines: list[list[str]] = []
-    for claim in result.claims:
-        pair = [result.find(row, claim.task) for row in (claim.better, claim.worse)]
-        means = [None if one is None else one.scores.get(claim.metric) for one in pair]
-        sign = -1 if claim.metric in LOWER_IS_BETTER else 1
-        better, worse = means
-        gain = None if better is None or worse is None else sign * (better.mean - worse.mean)
-        lines.append(
-            [
-                f"{claim.better} > {claim.worse} ({claim.source})",
-                f"{claim.task} {_title(claim.metric)}",
-                *(NOT_RUN if one is None else str(one) for one in means),
-                NO_FIGURE if gain is None else f"{gain:+.4f}",
-            ]
-        )
-    return lines
+    """A line a claim: what its first row gains over the second (+ is better) by seed, and the verdict."""
+    return [
+        [
+            f"{one.claim.better} > {one.claim.worse} ({one.claim.source})",
+            f"{one.claim.task} {_title(one.claim.metric)}",
+            "\n".join(map(str, one.differences.values())) or NO_FIGURE,
+            _verdict(one),
+        ]
+        for one in result.judgements
+    ]
+
+
+def _verdict(one: Judgement) -> str:
+    """In words; a claim that nothing tested is not open, but not tested."""
+    if not one.differences:
+        return NOT_RUN
+    return one.verdict if one.reason is None else f"{one.verdict} ({one.reason})"
 
 
 def markdown(result: TableResult) -> str:
@@ -68,7 +70,7 @@ def markdown(result: TableResult) -> str:
     for task in result.tasks:
         data = dict.fromkeys(one.dataset for one in result.outcomes if one.task == task)
         parts.append(f"## {task} on {', '.join(data)}\n\n{_markdown(header(task), cells(result, task))}")
-    if result.claims:
+    if result.judgements:
         parts.append(f"## Claims\n\n{_markdown(claim_header(), claim_cells(result))}")
     if result.table.notes:
         parts.append("## Notes\n\n" + "\n".join(f"- {note}" for note in result.table.notes))
@@ -146,5 +148,8 @@ def _or_empty(value: float | None) -> float | str:
 
 
 def _markdown(titles: list[str], lines: list[list[str]]) -> str:
-    rows = [titles, ["---"] * len(titles), *lines]
-    return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in rows)
+    return "\n".join(map(_markdown_line, [titles, ["---"] * len(titles), *lines]))
+
+
+def _markdown_line(cells: list[str]) -> str:
+    return f"| {' | '.join(cell.replace('|', '/').replace(chr(10), '<br>') for cell in cells)} |"

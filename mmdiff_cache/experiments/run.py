@@ -20,10 +20,12 @@ from mmdiff_cache.errors import (
     StorageRefused,
     StoreError,
 )
+from mmdiff_cache.experiments.judgement import judge
 from mmdiff_cache.experiments.needs import Need, store_for
-from mmdiff_cache.experiments.outcome import Outcome, TableResult, spreads, test_scores
+from mmdiff_cache.experiments.outcome import Outcome, spreads, test_scores
 from mmdiff_cache.experiments.plan import PlannedStore, PlannedTraining, TablePlan, refuse
 from mmdiff_cache.experiments.report import write_report
+from mmdiff_cache.experiments.result import TableResult
 from mmdiff_cache.experiments.stores import in_one_line
 from mmdiff_cache.extraction.run import extract
 from mmdiff_cache.records import Progress
@@ -73,16 +75,19 @@ def run_table(plan: TablePlan, *, say: Say, bar: Bar, memory: int | None = None)
         say(f"\n{runs}")
         with bar("train") as progress:
             runs.train(progress)
+    outcomes = tuple(
+        replace(outcome, expected=planned.reason is None)
+        for planned, one in zip(plan.trainings, trainings, strict=True)
+        for outcome in _outcomes(one, plan.tasks, asked, runs)
+    )
+    claims = [claim for claim in plan.table.claims if claim.task in plan.tasks]
     result = TableResult(
         path=plan.out,
         world=plan.world.name,
         table=plan.table,
         tasks=plan.tasks,
-        outcomes=tuple(
-            replace(outcome, expected=planned.reason is None)
-            for planned, one in zip(plan.trainings, trainings, strict=True)
-            for outcome in _outcomes(one, plan.tasks, asked, runs)
-        ),
+        outcomes=outcomes,
+        judgements=tuple(judge(claim, outcomes) for claim in claims),
     )
     write_report(result)
     return result

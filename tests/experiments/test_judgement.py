@@ -5,19 +5,18 @@ from pathlib import Path
 
 import numpy as np
 
-from mmdiff_cache.config import TrainConfig
 from mmdiff_cache.experiments.judgement import judge
-from mmdiff_cache.experiments.outcome import Outcome, TableResult
-from mmdiff_cache.experiments.table import Claim, Row, Table, Training
+from mmdiff_cache.experiments.outcome import Outcome
+from mmdiff_cache.experiments.table import Claim
 from tests.experiments.test_statistics import DEPTH, kept
 
 ROWS = ("four", "one")
 CLAIM = Claim(better="four", worse="one", task="depth", metric="abs_rel", source="ours")
 
 
-def result(
+def outcomes(
     folder: Path, gains: tuple[float, ...], *, lacking: int = 0, reason: str | None = None
-) -> TableResult:
+) -> list[Outcome]:
     """Two rows on eight pictures, the first with errors that are lower by these gains, a seed each."""
     runs: dict[str, dict[int, Path]] = {name: {} for name in ROWS}
     for seed, gain in enumerate(gains):
@@ -26,21 +25,13 @@ def result(
             values = np.zeros((8, 8))
             values[:, 0], values[:, 6] = errors - gain * (name == "four"), 1
             runs[name][seed] = kept(folder / f"{name}-{seed}", DEPTH, values)
-    training = Training(config=TrainConfig(task="depth"), datasets=("blocks",), backbone="flux-tiny")
-    rows = tuple(Row(name=name, trainings=(training,), paper={}) for name in ROWS)
-    return TableResult(
-        path=folder,
-        world="small",
-        table=Table(title="t", rows=rows, claims=(CLAIM,)),
-        tasks=("depth",),
-        outcomes=tuple(
-            Outcome(
-                row=name, task="depth", dataset="blocks", paper={}, runs=runs[name], scores={},
-                reason=reason if name == "one" else None,
-            )
-            for name in ROWS
-        ),
-    )  # fmt: skip
+    return [
+        Outcome(
+            row=name, task="depth", dataset="blocks", split="test", paper={}, runs=runs[name], scores={},
+            expected=True, reason=reason if name == "one" else None,
+        )
+        for name in ROWS
+    ]  # fmt: skip
 
 
 def test_a_gain_in_every_seed_confirms_and_a_loss_in_every_seed_refutes(tmp_path: Path) -> None:
@@ -50,7 +41,7 @@ def test_a_gain_in_every_seed_confirms_and_a_loss_in_every_seed_refutes(tmp_path
         ("both", (0.05, -0.02), "open"),
     ):
         (tmp_path / name).mkdir()
-        found = judge(result(tmp_path / name, gains), CLAIM, draws=100)
+        found = judge(CLAIM, outcomes(tmp_path / name, gains), draws=100)
         assert found.verdict == expected
         assert found.reason is None
         assert [round(one.estimate, 9) for one in found.differences.values()] == list(gains)
@@ -58,7 +49,7 @@ def test_a_gain_in_every_seed_confirms_and_a_loss_in_every_seed_refutes(tmp_path
 
 
 def test_what_is_not_there_in_every_seed_stays_open(tmp_path: Path) -> None:
-    found = judge(result(tmp_path, (0.05, 0.05), lacking=1), CLAIM, draws=50)
+    found = judge(CLAIM, outcomes(tmp_path, (0.05, 0.05), lacking=1), draws=50)
     assert found.verdict == "open"
     assert found.reason == "only one of the rows has seed 1"
     assert list(found.differences) == [0]
@@ -66,13 +57,13 @@ def test_what_is_not_there_in_every_seed_stays_open(tmp_path: Path) -> None:
 
 
 def test_a_row_that_was_not_run_says_why(tmp_path: Path) -> None:
-    found = judge(result(tmp_path, (), reason="no weights"), CLAIM, draws=50)
+    found = judge(CLAIM, outcomes(tmp_path, (), reason="no weights"), draws=50)
     assert (found.verdict, found.reason, found.differences) == ("open", "no weights", {})
 
 
 def test_runs_that_cannot_be_compared_say_why(tmp_path: Path) -> None:
-    made = result(tmp_path, (0.05,))
+    made = outcomes(tmp_path, (0.05,))
     (tmp_path / "one-0" / "statistics-depth-test-ema.npz").unlink()
-    found = judge(made, CLAIM, draws=50)
+    found = judge(CLAIM, made, draws=50)
     assert found.verdict == "open"
     assert "has no statistics of depth" in (found.reason or "")

@@ -11,11 +11,13 @@ import pytest
 
 from mmdiff_cache.errors import ConfigError
 from mmdiff_cache.experiments import Claim, Row, Table, World
-from mmdiff_cache.experiments.outcome import TableResult, score_name
+from mmdiff_cache.experiments.outcome import score_name
 from mmdiff_cache.experiments.plan import TablePlan, plan_table
+from mmdiff_cache.experiments.result import TableResult
 from mmdiff_cache.experiments.run import run_table
 from mmdiff_cache.experiments.world import CLEAREST
 from mmdiff_cache.records import Progress
+from mmdiff_cache.sweeps.results import SCORES
 from mmdiff_cache.training.checkpoint import LAST
 from mmdiff_cache.training.evaluate import evaluate
 
@@ -102,11 +104,13 @@ def test_the_files_say_the_same(plan: TablePlan, bar: Bar) -> None:
     assert (float(line["mean"]), line["seeds"], line["paper"]) == (shown.mean, "2", "0.118")
     values = json.loads((result.path / "results.json").read_text())
     assert len(values["outcomes"]) == 6
-    gain = result.find(SINGLE, "depth")
-    assert gain is not None
-    sign = f"{gain.scores['abs_rel'].mean - shown.mean:+.4f}"
-    assert f"| {FOUR} > {SINGLE} (Sec. 0) | depth abs_rel ↓ |" in text
-    assert sign in text, "less error is a gain"
+    (judgement,) = result.judgements
+    estimate = judgement.differences[1].estimate
+    pair = [result.find(name, "depth") for name in (SINGLE, FOUR)]
+    errors = [json.loads((one.runs[1] / SCORES).read_text())["scores"]["abs_rel"] for one in pair if one]
+    assert estimate == pytest.approx(errors[0] - errors[1]), "less error is a gain"
+    assert f"| {FOUR} > {SINGLE} (Sec. 0) | depth abs_rel ↓ | {judgement.differences[0]}<br>" in text
+    assert values["claims"][0]["differences"]["1"]["estimate"] == estimate
 
 
 def test_a_part_has_a_folder_of_its_own_and_shares_the_trainings(plan: TablePlan, bar: Bar) -> None:

@@ -10,10 +10,9 @@ import pytest
 from mmdiff_cache.backbones.registry import describe
 from mmdiff_cache.config import TrainConfig
 from mmdiff_cache.experiments import World
-from mmdiff_cache.experiments.outcome import TableResult, score_name
 from mmdiff_cache.experiments.plan import plan_table
+from mmdiff_cache.experiments.result import TableResult
 from mmdiff_cache.experiments.run import run_table
-from mmdiff_cache.experiments.statistics import paired_difference, verdict
 from mmdiff_cache.experiments.world import make_world
 from mmdiff_cache.records import Progress
 from mmdiff_cache.sweeps.results import read_result
@@ -93,12 +92,11 @@ def test_its_smallest_run_gives_every_claim_a_verdict(tiny_flux_folder: Path, tm
         for row in (recipe.WITHOUT, recipe.DRAWS, recipe.REPEATED)
     }
     assert len(set(parameters.values())) == 1
-    for claim in result.claims:
-        name = score_name(claim.metric, claim.task, "scenes")
-        folders = [outcome_runs(result, row) for row in (claim.better, claim.worse)]
-        found = [paired_difference(*pair, claim.task, name, draws=50) for pair in zip(*folders, strict=True)]
-        assert len(found) == 2
-        assert verdict(found) in ("confirmed", "refuted", "open")
+    asked = [claim for claim in plan.table.claims if claim.task == "depth"]
+    assert [one.claim for one in result.judgements] == asked
+    for one in result.judgements:
+        assert (len(one.differences), one.reason) == (2, None)
+        assert one.verdict in ("confirmed", "refuted", "open")
 
 
 def outcome_runs(result: TableResult, row: str) -> list[Path]:
