@@ -9,7 +9,15 @@ BIN := $(VENV)/bin
 # Idle OpenMP threads sleep instead of spinning: with two cores a spinning one costs half the machine.
 export OMP_WAIT_POLICY = PASSIVE
 
-.PHONY: demo test check lint types imports bench
+# The paper's claims in small: every table, the concept maps, the fusion weights. Runs again go on where they were.
+TABLES := timesteps controls growth 05 04 10 14 readings
+RECIPES := $(TABLES:%=pipelines/table_%.py) pipelines/tables_11_13.py
+EXPERIMENT_ARGS ?=
+# One process fills one core, not two: without a GPU as many go side by side as there are cores.
+WORKERS ?= $(if $(shell command -v nvidia-smi),,--workers $(shell nproc))
+YOUNGER := data/backbones/flux-scenes-10 data/backbones/flux-scenes-30
+
+.PHONY: demo test check lint types imports bench experiments experiments-quick
 .DEFAULT_GOAL := demo
 
 $(BIN)/python:
@@ -41,6 +49,24 @@ imports: $(VENV)/.installed-dev
 	$(BIN)/lint-imports
 
 check: lint types imports test
+
+data/backbones/flux-scenes-%: $(VENV)/.installed
+	$(BIN)/python pipelines/flux_scenes.py --work data/flux-work --share 0.$(if $(filter 10,$*),1,3)
+
+experiments: $(VENV)/.installed $(YOUNGER)
+	$(BIN)/mmdiff-cache table $(RECIPES) --dataset scenes $(WORKERS) $(EXPERIMENT_ARGS)
+	$(BIN)/mmdiff-cache extract --config pipelines/concept_maps.py
+	$(BIN)/python pipelines/concept_maps.py data/scenes/flux-scenes-words --out runs/concept-maps
+	for task in segmentation depth; do $(BIN)/python pipelines/fusion_weights.py --task $$task --row "four timesteps" \
+		--table runs/tables-scenes-flux-scenes/table-timesteps/results.json --out runs/fusion-weights/$$task || exit; done
+
+# Whether all of it runs: a few steps on a few scenes, without the younger backbones.
+experiments-quick: $(VENV)/.installed
+	$(BIN)/mmdiff-cache table $(RECIPES) --dataset scenes --quick --limit 4 $(EXPERIMENT_ARGS)
+	$(BIN)/mmdiff-cache extract --config pipelines/concept_maps.py --limit 4 --store runs/words-quick
+	$(BIN)/python pipelines/concept_maps.py runs/words-quick --out runs/concept-maps-quick
+	$(BIN)/python pipelines/fusion_weights.py --task segmentation --row "four timesteps" \
+		--table runs/tables-scenes-flux-scenes-limit4-quick/table-timesteps/results.json --out runs/fusion-weights-quick
 
 bench: $(VENV)/.installed-dev
 	@for bench in benchmarks/bench_*.py; do echo "$$bench"; $(BIN)/python "$$bench" || exit 1; done

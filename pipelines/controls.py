@@ -69,7 +69,7 @@ class Size:
     """Names of those that are trained; empty means all."""
 
 
-WHOLE = Size(limit=512, steps={"segmentation": 1440, "saliency": 720, "depth": 720}, seeds=(0, 1, 2))
+WHOLE = Size(limit=512, steps={"segmentation": 1440, "saliency": 480, "depth": 720}, seeds=(0, 1, 2))
 QUICK = Size(limit=16, steps=dict.fromkeys(TASKS, 4), seeds=(0, 1))
 
 

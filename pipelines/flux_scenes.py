@@ -3,6 +3,7 @@
     python pipelines/flux_scenes.py --work flux-work                 # every stage, going on where it stopped
     python pipelines/flux_scenes.py --work flux-work --stage flow    # one stage
     python pipelines/flux_scenes.py --work flux-work --init mmdiff_cache/assets/flux-scenes --device cuda
+    python pipelines/flux_scenes.py --work flux-work --share 0.1    # a tenth of it, for table_growth.py
 
 What came out, with hours and figures, is in mmdiff_cache/assets/flux-scenes/README.md.
 """
@@ -16,6 +17,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is import
 
 import torch
 
+from mmdiff_cache.experiments.control_backbones import younger_backbone
 from mmdiff_cache.flux_scenes.adherence import Trial
 from mmdiff_cache.flux_scenes.autoencoder import AutoencoderRecipe
 from mmdiff_cache.flux_scenes.build import Architecture
@@ -85,7 +87,12 @@ def main() -> None:
     )
     parser.add_argument("--stage", choices=STAGES, action="append", help="only this stage; may be repeated")
     parser.add_argument("--init", type=Path, help="a pipeline folder to start from instead of from nothing")
-    parser.add_argument("--out", type=Path, default=WEIGHTS, help="where export writes the pipeline")
+    parser.add_argument(
+        "--share", type=share, default=1.0, help="of the flow's steps, on the bundled autoencoder"
+    )
+    parser.add_argument(
+        "--out", type=Path, help="where export writes the pipeline; the package's own weights"
+    )
     parser.add_argument("--judge", type=Path, default=JUDGE, help="the judge; trained where it is missing")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
@@ -95,13 +102,28 @@ def main() -> None:
     torch.set_flush_denormal(True)
     recipe = cuda() if asked.device.startswith("cuda") else cpu(warm=asked.init is not None)
     shop = Workshop(
-        work=asked.work, device=torch.device(asked.device), workers=asked.threads, start=asked.init
+        work=asked.work,
+        device=torch.device(asked.device),
+        workers=asked.threads,
+        start=asked.init,
+        autoencoder=None if asked.share == 1 else WEIGHTS,
+        share=asked.share,
     )
+    whole = asked.share == 1
+    out = asked.out or (WEIGHTS if whole else Path(younger_backbone("flux-scenes", asked.share)))
     try:
-        for stage in asked.stage or STAGES:
-            run_stage(stage, recipe, shop, out=asked.out, judge=asked.judge)
+        for stage in asked.stage or (STAGES if whole else STAGES[: STAGES.index("judge")]):
+            run_stage(stage, recipe, shop, out=out, judge=asked.judge)
     except KeyboardInterrupt:
         raise SystemExit("stopped; the same command goes on from the checkpoint") from None
+
+
+def share(text: str) -> float:
+    """A number above 0 and not above 1."""
+    value = float(text)
+    if not 0 < value <= 1:
+        raise ValueError(text)
+    return value
 
 
 def run_stage(stage: str, recipe: Recipe, shop: Workshop, *, out: Path, judge: Path) -> None:

@@ -29,7 +29,7 @@ from mmdiff_cache.backbones.registry import describe
 from mmdiff_cache.config import AggregatorConfig, ConceptMapsConfig
 from mmdiff_cache.datasets.concepts import DEFAULT
 from mmdiff_cache.experiments import Row, Table, Training, World
-from mmdiff_cache.experiments.random_backbone import random_backbone
+from mmdiff_cache.experiments.control_backbones import random_backbone
 from mmdiff_cache.experiments.table import METRICS, claims
 from mmdiff_cache.loader.inputs import CROSS_ATTENTION, NO_CONCEPTS
 from mmdiff_cache.training.pixels import LEARNING_RATE

@@ -1,5 +1,7 @@
-"""The command of the paper's tables: one recipe carried out from the data to the figures."""
+"""The command of the paper's tables: recipes carried out from the data to the figures."""
 
+import shlex
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -7,15 +9,19 @@ import typer
 
 from mmdiff_cache.cli.configuration import parse_assignments, parse_named, parse_seeds, read_table
 from mmdiff_cache.cli.console import next_command, out, progress_bar, safe, say, warn
+from mmdiff_cache.errors import ConfigError
 
 if TYPE_CHECKING:
+    from mmdiff_cache.experiments.plan import TablePlan
     from mmdiff_cache.experiments.result import TableResult
 
 SOME_FAILED = 3
 
 
 def table(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe (.py) with table(world).")],
+    recipes: Annotated[
+        list[Path], typer.Argument(metavar="RECIPE...", help="Recipes (.py) with table(world).")
+    ],
     dataset: Annotated[
         list[str] | None,
         typer.Option(
@@ -53,11 +59,14 @@ def table(
         int | None,
         typer.Option(metavar="BYTES", min=1, help="Trainings side by side may fill; 60 % of what is free."),
     ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=0, help="Processes: one a GPU by default, or so many on the CPU."),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
 ) -> None:
-    """Carry out a table of the paper: extract, train, score, compare. Safe to stop and run again."""
-    from mmdiff_cache.experiments.plan import plan_table
-    from mmdiff_cache.experiments.run import run_table
+    """Carry out tables of the paper: extract, train, score, compare. Safe to stop and run again."""
+    from mmdiff_cache.experiments.plan import plan_tables
     from mmdiff_cache.experiments.world import make_world
     from mmdiff_cache.training.folder import RUNS
 
@@ -72,27 +81,53 @@ def table(
         quick=quick,
         settings=parse_assignments(set_ or []),
     )
-    plan = plan_table(
-        read_table(recipe, world),
+    tables = {recipe.stem.replace("_", "-"): read_table(recipe, world) for recipe in recipes}
+    if len(tables) < len(recipes):
+        raise ConfigError(f"recipes need names of their own, got {', '.join(map(str, recipes))}")
+    plans = plan_tables(
+        tables,
         world,
         out_ or RUNS / f"tables-{world.name}",
-        recipe.stem.replace("_", "-"),
         rows=row or (),
         tasks=task or (),
         download=not dry_run,
     )
     if dry_run:
-        return say(str(plan.timed()))
-    say(str(plan))
-    result = run_table(plan, say=say, bar=progress_bar, memory=memory)
-    _show(result)
-    if any(one.runs for one in result.outcomes):
-        next_command("mmdiff-cache", "compare", str(plan.folder))
-    for line in result.failed:
-        warn(f"not run: {line}")
-    if result.broken:
+        return say("\n\n".join(str(plan.timed()) for plan in plans))
+    options: Mapping[str, Sequence[object]] = {
+        "--dataset": dataset or (),
+        "--backbone": backbone or (),
+        "--encoder": [encoder] if encoder else (),
+        "--data-root": data_root or (),
+        "--prompts": prompts or (),
+        "--seeds": [seeds] if seeds else (),
+        "--limit": [limit] if limit else (),
+        "--set": set_ or (),
+        "--out": [out_] if out_ else (),
+    }
+    words = [word for name, values in options.items() for one in values for word in (name, str(one))]
+    words += ["--quick"] if quick else []
+    lines = [shlex.join(["mmdiff-cache", "table", str(recipe), *words]) for recipe in recipes]
+    return _carry_out(dict(zip(lines, plans, strict=True)), memory, workers)
+
+
+def _carry_out(plans: "Mapping[str, TablePlan]", memory: int | None, workers: int | None) -> None:
+    """The tables one after another, by their commands, and the page of all claims of their world."""
+    from mmdiff_cache.experiments.page import write_page
+    from mmdiff_cache.experiments.run import run_table
+
+    broken = False
+    for command, planned in plans.items():
+        plan = planned.now()
+        say(f"\n{plan}")
+        result = run_table(plan, say=say, bar=progress_bar, memory=memory, workers=workers, command=command)
+        _show(result)
+        broken |= result.broken
+    trainings = next(iter(plans.values())).folder
+    say(f"claims {write_page(trainings.parent)}")
+    next_command("mmdiff-cache", "compare", str(trainings))
+    if broken:
         raise typer.Exit(SOME_FAILED)
-    return None
 
 
 def _show(result: "TableResult") -> None:
@@ -100,7 +135,7 @@ def _show(result: "TableResult") -> None:
     from mmdiff_cache.experiments import report
 
     for task in result.tasks:
-        _print(task, report.header(task), report.cells(result, task))
+        _print(task, report.header(result, task), report.cells(result, task))
     if result.judgements:
         _print("claims", report.claim_header(), report.claim_cells(result))
     for note in result.table.notes:
@@ -108,6 +143,8 @@ def _show(result: "TableResult") -> None:
     say(f"\ntable  {result.path / report.MARKDOWN}")
     if (result.path / report.PLOT).exists():
         say(f"plot   {result.path / report.PLOT}")
+    for line in result.failed:
+        warn(f"not run: {line}")
 
 
 def _print(title: str, header: list[str], lines: list[list[str]]) -> None:

@@ -21,7 +21,7 @@ from jaxtyping import Float32, Float64, Shaped
 from numpy.typing import NDArray
 
 from mmdiff_cache.config import ConceptMapsConfig, filled
-from mmdiff_cache.errors import ConfigError
+from mmdiff_cache.errors import ConfigError, DataError
 from mmdiff_cache.experiments.concept_masks import AROUND, NamedMask, masks_of, named_mask
 from mmdiff_cache.experiments.statistics import DRAWS, Difference, difference
 from mmdiff_cache.loader.dataset import usable_samples
@@ -36,6 +36,8 @@ CONTROLS = (SHUFFLED, CENTRE, OTHER)
 AP, IOU = "ap", "iou"
 THRESHOLDS = 256
 """Quantiles of all tokens' values, among which the best threshold is looked for."""
+COUNTS = 1
+"""Column of a picture's statistics: whether it counts."""
 READ_AT_ONCE = 64
 MEAN = "mean"
 
@@ -68,6 +70,8 @@ class ConceptMapScores:
     words: tuple[WordScore, ...]
     mean: WordScore
     without_mask: tuple[str, ...]
+    not_shown: tuple[str, ...]
+    """Words with a mask that tells nothing: in no picture are there pixels inside and outside of it."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -91,7 +95,8 @@ def concept_map_scores(
 
     Maps are read as training reads them, over all stored timesteps or those given. `others` is a vocabulary
     of as many words, each in the place of the one of its number: words that mean something else, or nothing.
-    Raises ConfigError for what the store does not hold, or where no word names a mask.
+    Raises ConfigError for what the store does not hold, or where no word names a mask; DataError where no
+    picture shows any of them.
     """
     opened = store if isinstance(store, Store) else open_store(store)
     reader = opened[split]
@@ -109,22 +114,28 @@ def concept_map_scores(
         source: _in_parts(partial(_read, guide, reader), samples)
         for source, guide in zip((MAPS, OTHER), guides, strict=False)
     }
-    found = [
-        _statistics(mask, {source: values[:, number] for source, values in maps.items()}, reader, samples)
+    found = {
+        mask: _statistics(
+            mask, {source: values[:, number] for source, values in maps.items()}, reader, samples
+        )
         for number, mask in named.items()
-    ]
+    }
+    shown = {mask: one for mask, one in found.items() if one[MAPS][:, COUNTS].any()}
+    if not shown:
+        raise DataError(
+            f"none of the {len(samples)} pictures of {split} in {reader.path} shows the mask of a word of "
+            f"{vocabulary!r}; score more pictures"
+        )
     return ConceptMapScores(
         store=str(opened.path),
         split=split,
         vocabulary=vocabulary,
         others=others,
         timesteps=chosen,
-        words=tuple(
-            _word_score(mask.word, str(mask), [one], draws, seed)
-            for mask, one in zip(named.values(), found, strict=True)
-        ),
-        mean=_word_score(MEAN, f"{len(found)} words", found, draws, seed),
+        words=tuple(_word_score(mask.word, str(mask), [one], draws, seed) for mask, one in shown.items()),
+        mean=_word_score(MEAN, f"{len(shown)} words", list(shown.values()), draws, seed),
         without_mask=tuple(word for number, word in enumerate(words) if number not in named),
+        not_shown=tuple(mask.word for mask in found if mask not in shown),
     )
 
 
@@ -288,4 +299,6 @@ def _lines(found: ConceptMapScores) -> list[str]:
         title += f"; other words: {found.others}"
     if found.without_mask:
         title += f"; without a mask: {', '.join(found.without_mask)}"
+    if found.not_shown:
+        title += f"; in no picture: {', '.join(found.not_shown)}"
     return [title, "", *(f"| {' | '.join(row)} |" for row in lines)]

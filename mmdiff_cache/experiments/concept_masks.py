@@ -48,13 +48,14 @@ def named_mask(word: str, labels: Mapping[str, LabelSpec]) -> NamedMask | None:
 
 def masks_of(named: NamedMask, values: Labels, spec: LabelSpec) -> tuple[Masks, Masks]:
     """Pixels inside the mask, and pixels outside of it; what the label does not know is in neither."""
-    known = _known(values, spec)
+    known = known_pixels(values, spec)
     make = _PARTS.get((spec.kind, named.part))
     inside = values == spec.classes.index(named.part) if make is None else make(values, spec, known)
     return inside & known, ~inside & known
 
 
-def _known(values: Labels, spec: LabelSpec) -> Masks:
+def known_pixels(values: Labels, spec: LabelSpec) -> Masks:
+    """Pixels that the label knows: no ignored id, no depth out of range."""
     if spec.kind == "depth":
         low, high = spec.valid_range or (0.0, np.inf)
         return (values > low) & (values < high)

@@ -7,7 +7,7 @@ from typing import Any
 from mmdiff_cache.errors import MMDiffError
 from mmdiff_cache.experiments.outcome import Outcome, score_name
 from mmdiff_cache.experiments.statistics import DRAWS, Difference, Verdict, paired_difference, verdict
-from mmdiff_cache.experiments.table import Claim
+from mmdiff_cache.experiments.table import LOWER_IS_BETTER, Claim
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -18,6 +18,8 @@ class Judgement:
     differences: Mapping[int, Difference]
     """By seed; positive where the claim holds."""
     verdict: Verdict
+    paper: float | None
+    """What the paper's figures give; None where it has none."""
     reason: str | None
     """Why it was not tested, or not in every seed; it is open then."""
 
@@ -30,12 +32,17 @@ class Judgement:
             "metric": self.claim.metric,
             "source": self.claim.source,
             "verdict": self.verdict,
+            "paper": self.paper,
             "reason": self.reason,
             "differences": {
                 str(seed): {"estimate": one.estimate, "low": one.low, "high": one.high}
                 for seed, one in self.differences.items()
             },
         }
+
+
+SEEDS = 3
+"""Fewer leave every claim open."""
 
 
 def judge(claim: Claim, outcomes: Sequence[Outcome], draws: int = DRAWS) -> Judgement:
@@ -55,11 +62,20 @@ def judge(claim: Claim, outcomes: Sequence[Outcome], draws: int = DRAWS) -> Judg
             )
         except MMDiffError as error:
             reasons.append(str(error).splitlines()[0])
-    if not found and not reasons:
-        reasons.append("no seed of both rows was trained")
+    if len(found) < SEEDS and not reasons:
+        reasons.append(f"a verdict takes {SEEDS} seeds, there are {len(found)}")
     return Judgement(
         claim=claim,
         differences=found,
         verdict="open" if reasons else verdict(list(found.values())),
+        paper=_paper_gain(claim, better, worse),
         reason=reasons[0] if reasons else None,
     )
+
+
+def _paper_gain(claim: Claim, better: Outcome, worse: Outcome) -> float | None:
+    """By how much the paper's rows differ, positive where the claim holds."""
+    pair = [row.paper.get(claim.metric) for row in (better, worse)]
+    if pair[0] is None or pair[1] is None:
+        return None
+    return (pair[1] - pair[0]) if claim.metric in LOWER_IS_BETTER else (pair[0] - pair[1])

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mmdiff_cache.experiments.curves import Curve
 from mmdiff_cache.experiments.table import METRICS
 from mmdiff_cache.sweeps.results import SCORES, numbers
 from mmdiff_cache.sweeps.table import Spread, spread
@@ -29,6 +30,10 @@ class Outcome:
     """Folder of each seed's training."""
     scores: Mapping[str, Spread]
     """By metric as in the paper; empty where it was not run."""
+    parameters: int | None
+    """Trained ones; None where it was not run."""
+    curve: Curve
+    """The first of its metrics on the held-out samples, step by step; empty where nothing was held out."""
     expected: bool
     """Whether the plan had all that it takes."""
     reason: str | None
@@ -47,6 +52,8 @@ class Outcome:
                 name: {"mean": one.mean, "deviation": one.deviation, "seeds": one.seeds}
                 for name, one in self.scores.items()
             },
+            "parameters": self.parameters,
+            "held_out": [list(point) for point in self.curve],
             "reason": self.reason,
         }
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mmdiff_cache.backbones.registry import describe
 from mmdiff_cache.errors import ConfigError, MMDiffError
-from mmdiff_cache.experiments.needs import Need, fewest, needs_of
+from mmdiff_cache.experiments.needs import Need, fewest, needs_of, store_for
 from mmdiff_cache.experiments.stores import (
     Absence,
     extraction,
@@ -21,6 +21,7 @@ from mmdiff_cache.experiments.table import Row, Table, Training, group_reasons
 from mmdiff_cache.experiments.world import World
 from mmdiff_cache.extraction.cost import operations_a_sample, show_duration, show_operations
 from mmdiff_cache.extraction.plan import ExtractionPlan, show_bytes, with_time
+from mmdiff_cache.extraction.plan import plan as plan_extraction
 from mmdiff_cache.extraction.resolve import resolve
 
 GPU_OPERATIONS = 400e12
@@ -75,6 +76,8 @@ class TablePlan:
     """Row by row."""
     stores: tuple[PlannedStore, ...]
     missing: tuple[MissingStore, ...]
+    whole: bool
+    """Not only some of its rows or tasks."""
 
     @property
     def runnable(self) -> tuple[PlannedTraining, ...]:
@@ -93,6 +96,14 @@ class TablePlan:
             }
         )
 
+    def now(self) -> "TablePlan":
+        """The same, where stores may have grown since: tables of one command share them."""
+        stores = (
+            one if one.extraction is None else replace(one, extraction=plan_extraction(one.extraction.config))
+            for one in self.stores
+        )
+        return replace(self, stores=tuple(stores))
+
     def timed(self) -> "TablePlan":
         """The same with the time of every extraction, where two blocks must be timed for it."""
         stores = (
@@ -105,54 +116,100 @@ class TablePlan:
         return "\n".join(f"{name:<10} {text}" for name, text in _lines(self))
 
 
-def plan_table(
-    table: Table,
+def plan_tables(
+    tables: Mapping[str, Table],
     world: World,
     out: Path,
-    name: str,
     *,
     rows: Sequence[str] = (),
     tasks: Sequence[str] = (),
     download: bool = False,
-) -> TablePlan:
-    """Find out what is here, and what has to be extracted and trained.
+) -> list[TablePlan]:
+    """Find out what is here, and what has to be extracted and trained, for tables by their names.
 
-    `out` is the folder of all tables of a world, `name` that of this one in it. `rows` (parts of their names)
-    and `tasks` are those to run, all by default; such a part of a table has a folder of its own, and shares
-    the trainings. `download` fetches weights from the hub that are not here yet, as `extract` does. Raises
-    ConfigError for a row or task that the table does not have.
+    `out` is the folder of all tables of a world; each has one of its own in it. Their stores are planned
+    together, so that what two of them read is extracted once. `rows` (parts of their names) and `tasks` are
+    those to run, all by default; such a part of a table has a folder of its own, and shares the trainings.
+    `download` fetches weights from the hub that are not here yet, as `extract` does. Raises ConfigError for a
+    row or task that a table does not have.
     """
+    out, absence = out.expanduser().absolute(), Absence(world, download=download)
+    parts = {name: _part(table, rows, tasks) for name, table in tables.items()}
+    kept: dict[Need, Path] = {}
+    looked = {name: _look_at_all(part, tasks, world, absence, kept) for name, part in parts.items()}
+    needs = [need for found in looked.values() for need in _to_make(found, kept)]
+    stores, refused = _plan_stores(fewest(needs), world)
+    return [
+        TablePlan(
+            table=part,
+            world=world,
+            tasks=_chosen(part, tasks),
+            out=out / _part_name(name, [*rows, *tasks]),
+            folder=out / "trainings",
+            trainings=tuple(refuse(one, refused) for one in looked[name]),
+            stores=_read_by(looked[name], kept, stores),
+            missing=_missing_stores(looked[name], world, absence, kept),
+            whole=not (rows or tasks),
+        )
+        for name, part in parts.items()
+    ]
+
+
+def plan_table(
+    table: Table, world: World, out: Path, name: str, *, rows: Sequence[str] = (), tasks: Sequence[str] = ()
+) -> TablePlan:
+    """The same for one table, without downloads."""
+    return plan_tables({name: table}, world, out, rows=rows, tasks=tasks)[0]
+
+
+def _part(table: Table, rows: Sequence[str], tasks: Sequence[str]) -> Table:
+    """The rows that are asked for."""
     for task in tasks:
         if task not in table.tasks:
             raise ConfigError(f"task {task!r} is not in this table; it has {', '.join(table.tasks)}")
-    out, table = out.expanduser().absolute(), table.only(rows) if rows else table
-    chosen = tuple(task for task in table.tasks if not tasks or task in tasks)
-    absence = Absence(world, download=download)
-    kept: dict[Need, Path] = {}
-    trainings = [
+    return table.only(rows) if rows else table
+
+
+def _chosen(table: Table, tasks: Sequence[str]) -> tuple[str, ...]:
+    return tuple(task for task in table.tasks if not tasks or task in tasks)
+
+
+def _look_at_all(
+    table: Table, tasks: Sequence[str], world: World, absence: Absence, kept: dict[Need, Path]
+) -> list[PlannedTraining]:
+    """All trainings of a table that answer a task that is asked for."""
+    chosen = set(_chosen(table, tasks))
+    return [
         _look(row, training, world, absence, kept)
         for row in table.rows
         for training in row.trainings
-        if set(training.tasks) & set(chosen)
+        if set(training.tasks) & chosen
     ]
-    needs = [need for one in trainings if one.reason is None for need in one.needs if need not in kept]
-    stores, refused = _plan_stores(fewest(needs), world)
+
+
+def _to_make(trainings: Sequence[PlannedTraining], kept: Mapping[Need, Path]) -> list[Need]:
+    """What stores have to hold that are here or can be made."""
+    return [need for one in trainings if one.reason is None for need in one.needs if need not in kept]
+
+
+def _read_by(
+    trainings: Sequence[PlannedTraining], kept: Mapping[Need, Path], stores: Sequence[PlannedStore]
+) -> tuple[PlannedStore, ...]:
+    """Of all stores those that these trainings read."""
+    everything = {one.need: one for one in stores}
+    everything |= {need: PlannedStore(need=need, path=path, extraction=None) for need, path in kept.items()}
+    paths = {need: one.path for need, one in everything.items()}
+    read = {store_for(need, paths) for one in trainings if one.reason is None for need in one.needs}
+    return tuple(one for one in everything.values() if one.path in read)
+
+
+def _missing_stores(
+    trainings: Sequence[PlannedTraining], world: World, absence: Absence, kept: Mapping[Need, Path]
+) -> tuple[MissingStore, ...]:
     lacking = [
         need for one in trainings for need in one.needs if need not in kept and absence.without_encoders(need)
     ]
-    return TablePlan(
-        table=table,
-        world=world,
-        tasks=chosen,
-        out=out / _part_name(name, [*rows, *tasks]),
-        folder=out / "trainings",
-        trainings=tuple(refuse(one, refused) for one in trainings),
-        stores=(
-            *(PlannedStore(need=need, path=path, extraction=None) for need, path in kept.items()),
-            *stores,
-        ),
-        missing=tuple(_missing(need, world) for need in fewest(lacking)),
-    )
+    return tuple(_missing(need, world) for need in fewest(lacking))
 
 
 def refuse(planned: PlannedTraining, refused: Mapping[Need, str]) -> PlannedTraining:

@@ -14,6 +14,10 @@ class TableResult:
     """A table that was carried out."""
 
     path: Path
+    command: str
+    """The line that carries it out again."""
+    whole: bool
+    """Not only some of its rows or tasks."""
     world: str
     table: Table
     tasks: tuple[str, ...]
@@ -42,6 +46,8 @@ class TableResult:
         """Plain JSON values."""
         return {
             "title": self.table.title,
+            "command": self.command,
+            "whole": self.whole,
             "world": self.world,
             "notes": list(self.table.notes),
             "outcomes": [one.to_json() for one in self.outcomes],

@@ -5,10 +5,12 @@ Nothing is done twice: stores and trainings are those of `extract` and `sweep`, 
 
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+import torch
 
 from mmdiff_cache.config import TrainConfig
 from mmdiff_cache.errors import (
@@ -20,17 +22,21 @@ from mmdiff_cache.errors import (
     StorageRefused,
     StoreError,
 )
+from mmdiff_cache.experiments.curves import held_out_curve
 from mmdiff_cache.experiments.judgement import judge
 from mmdiff_cache.experiments.needs import Need, store_for
-from mmdiff_cache.experiments.outcome import Outcome, spreads, test_scores
+from mmdiff_cache.experiments.outcome import Outcome, score_name, spreads, test_scores
 from mmdiff_cache.experiments.plan import PlannedStore, PlannedTraining, TablePlan, refuse
 from mmdiff_cache.experiments.report import write_report
 from mmdiff_cache.experiments.result import TableResult
 from mmdiff_cache.experiments.stores import in_one_line
+from mmdiff_cache.experiments.table import METRICS
+from mmdiff_cache.extraction.placement import visible_gpus
 from mmdiff_cache.extraction.run import extract
 from mmdiff_cache.records import Progress
 from mmdiff_cache.sweeps.differences import digest
 from mmdiff_cache.sweeps.plan import PlannedRun, plan_sweep
+from mmdiff_cache.sweeps.results import count_parameters
 from mmdiff_cache.sweeps.run import sweep
 from mmdiff_cache.training.build import Part, check_identity
 from mmdiff_cache.training.checkpoint import LAST
@@ -60,21 +66,49 @@ class Asked:
     """With its stores."""
 
 
-def run_table(plan: TablePlan, *, say: Say, bar: Bar, memory: int | None = None) -> TableResult:
+def run_table(
+    plan: TablePlan,
+    *,
+    say: Say,
+    bar: Bar,
+    memory: int | None = None,
+    workers: int | None = None,
+    command: str = "",
+) -> TableResult:
     """Do all that is planned and not done yet, and write the table into its folder.
 
     A store that cannot be made, or a training that fails, costs its rows alone. `memory` bounds the trainings
-    that go side by side, as in `sweep`. Raises StorageError for a disk that fails under way, ClusterError for
-    a cluster that is lost.
+    that go side by side, as in `sweep`, and `workers` are as there and in `extract`; `command` is the line
+    that the results name for it. Raises StorageError for a disk that fails under way, ClusterError for a
+    cluster that is lost.
     """
-    stores, refused = _extract_all(plan.stores, say, bar)
+    with _divided_threads(workers):
+        return _run_table(plan, say=say, bar=bar, memory=memory, workers=workers, command=command)
+
+
+@contextmanager
+def _divided_threads(workers: int | None) -> Generator[None]:
+    """On a CPU each worker has its share of the threads: two that want all cores wait for each other."""
+    before = torch.get_num_threads()
+    if workers and not visible_gpus("auto"):
+        torch.set_num_threads(max(1, before // workers))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _run_table(
+    plan: TablePlan, *, say: Say, bar: Bar, memory: int | None, workers: int | None, command: str
+) -> TableResult:
+    stores, refused = _extract_all(plan.stores, say, bar, workers)
     trainings = [refuse(one, refused) for one in plan.trainings]
     asked = [one for training in trainings for one in _asked(training, stores, plan.world.seeds)]
     runs = _Runs([one.config for one in asked], plan.folder, memory)
     if asked:
         say(f"\n{runs}")
         with bar("train") as progress:
-            runs.train(progress)
+            runs.train(progress, workers)
     outcomes = tuple(
         replace(outcome, expected=planned.reason is None)
         for planned, one in zip(plan.trainings, trainings, strict=True)
@@ -83,6 +117,8 @@ def run_table(plan: TablePlan, *, say: Say, bar: Bar, memory: int | None = None)
     claims = [claim for claim in plan.table.claims if claim.task in plan.tasks]
     result = TableResult(
         path=plan.out,
+        command=command,
+        whole=plan.whole,
         world=plan.world.name,
         table=plan.table,
         tasks=plan.tasks,
@@ -94,7 +130,7 @@ def run_table(plan: TablePlan, *, say: Say, bar: Bar, memory: int | None = None)
 
 
 def _extract_all(
-    stores: Sequence[PlannedStore], say: Say, bar: Bar
+    stores: Sequence[PlannedStore], say: Say, bar: Bar, workers: int | None
 ) -> tuple[dict[Need, Path], dict[Need, str]]:
     """The folder of every store that could be made, and why the others could not."""
     made: dict[Need, Path] = {}
@@ -103,11 +139,11 @@ def _extract_all(
         if one.extraction is None:
             made[one.need] = one.path
             continue
-        if one.extraction.done < one.extraction.total:
-            say(f"\n{one.extraction}")
         try:
+            if one.extraction.done < one.extraction.total:
+                say(f"\n{one.extraction}")
             with bar("extract") as progress:
-                store = extract(one.extraction, progress)
+                store = extract(one.extraction, progress, workers=workers)
         except REFUSALS as error:
             refused[one.need] = in_one_line(error)
             continue
@@ -157,11 +193,11 @@ class _Runs:
     def __str__(self) -> str:
         return str(self._plan)
 
-    def train(self, progress: Progress) -> None:
+    def train(self, progress: Progress, workers: int | None) -> None:
         """Train and score what is not yet."""
         if self._plan is None:
             return
-        self._failed = sweep(self._plan, progress=progress).failed
+        self._failed = sweep(self._plan, progress=progress, workers=workers).failed
         for run in self._plan.runs:
             if run.name not in self._failed and run.test_split is None:
                 self._score_apart(run, progress)
@@ -235,6 +271,10 @@ def _outcome(
         paper=one.row.paper.get(task, {}),
         runs={seed: done[seed].folder for seed in scores},
         scores=spreads(list(scores.values()), task, dataset),
+        parameters=max((count_parameters(done[seed].folder) for seed in scores), default=None),
+        curve=held_out_curve(
+            (done[seed].folder for seed in scores), task, score_name(METRICS[task][0], task, dataset)
+        ),
         expected=one.reason is None,
         reason=reason,
     )

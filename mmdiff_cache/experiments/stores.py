@@ -10,7 +10,7 @@ from mmdiff_cache.backbones import weights
 from mmdiff_cache.backbones.registry import describe
 from mmdiff_cache.config import ExtractConfig, data_folder, filled
 from mmdiff_cache.datasets.concepts import PRESETS
-from mmdiff_cache.datasets.registry import find_dataset
+from mmdiff_cache.datasets.registry import DatasetEntry, find_dataset
 from mmdiff_cache.encoders import weights as encoder_weights
 from mmdiff_cache.encoders.registry import describe_encoder
 from mmdiff_cache.errors import MMDiffError, StoreError
@@ -20,6 +20,7 @@ from mmdiff_cache.extraction.plan import ExtractionPlan, plan
 from mmdiff_cache.extraction.resolve import recorded, resolve
 from mmdiff_cache.store.manifest import MANIFEST, Manifest, compare, read_manifest
 from mmdiff_cache.store.records import record_path
+from mmdiff_cache.training.evaluate import SPLITS as SCORED
 
 IDENTITY = (
     "dataset", "backbone", "prompts", "dtype", "quantisation", "resolution", "fit", "noise", "guidance",
@@ -96,6 +97,7 @@ def extraction(need: Need, world: World) -> ExtractConfig:
     return ExtractConfig(
         dataset=need.dataset,
         data_root=world.roots.get(need.dataset),
+        splits=_splits(find_dataset(need.dataset)),
         limit=world.limit,
         prompts=world.prompts.get(need.dataset, "empty"),
         backbone=need.backbone,
@@ -106,6 +108,15 @@ def extraction(need: Need, world: World) -> ExtractConfig:
         cross_attention=need.cross_attention,
         draws=need.draws,
     )
+
+
+def _splits(dataset: DatasetEntry) -> tuple[str, ...] | None:
+    """What is trained on and what is scored: scenes also have a split that no table reads. None for all,
+    where only the files say which there are.
+    """
+    scored = next((split for split in SCORED if split in dataset.splits), None)
+    read = tuple(split for split in dataset.splits if split in ("train", scored))
+    return None if dataset.find_splits is not None else read
 
 
 def _generous(config: ExtractConfig, folder: Path) -> ExtractConfig:
@@ -128,7 +139,8 @@ def _fitting(least: ExtractConfig, folder: Path) -> ExtractionPlan | None:
         stored, planned = read_manifest(folder), plan(replace(least, store=str(folder)))
     except StoreError:
         return None
-    if not _same_identity(stored, planned.config) or dict(stored.splits) != planned.samples:
+    more = {split: stored.splits.get(split) for split in planned.samples}
+    if not _same_identity(stored, planned.config) or more != planned.samples:
         return None
     hashes = {encoder.name: encoder.weights_sha256 for encoder in stored.schema.discriminative}
     encoders = tuple(  # a plan reads no weights; `extract` compares them
@@ -199,4 +211,5 @@ def published_bytes(need: Need, world: World) -> int:
 def samples_of(config: ExtractConfig) -> int:
     """Samples by the data set's published size, at most `limit` of a split."""
     most = math.inf if config.limit is None else config.limit
-    return int(sum(min(size or 0, most) for size in find_dataset(config.dataset).splits.values()))
+    sizes = find_dataset(config.dataset).splits
+    return int(sum(min(sizes[split] or 0, most) for split in config.splits or sizes))

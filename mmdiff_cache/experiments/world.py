@@ -31,12 +31,13 @@ SEEDS = (0, 1, 2)
 CLEAREST = (min(TIMESTEPS),)
 """The paper's "t = 0"."""
 PAPER_DEFAULTS: Mapping[str, Any] = {"precision": "bfloat16"}
-SMALL_STEPS: Mapping[str, int] = {"segmentation": 1440, "saliency": 720, "depth": 720}
+SMALL_STEPS: Mapping[str, int] = {"segmentation": 1440, "saliency": 480, "depth": 720}
 SMALL_DEFAULTS: Mapping[str, Any] = {
     **PAPER_DEFAULTS,
-    "batch_size": 8,
+    "batch_size": 4,
     "learning_rate": 3e-3,
     "decoder_rate": 1.0,
+    "checks": 5,
 }
 SMALL_LIMIT = 512
 """Scenes a split, where it has as many."""
@@ -79,9 +80,14 @@ class World:
         return tuple(self._training((task,), choices) for task in self.datasets)
 
     def together(self, *tasks: str, **choices: Any) -> Training:
-        """One model for several tasks, of which no picture has two labels. Paper: App. C."""
+        """One model for several tasks, of which no picture has two labels. Paper: App. C.
+
+        Where the steps of each task are known, it has as many as alone.
+        """
         alone = len({self.datasets[task] for task in tasks}) == 1
-        return self._training(tasks, {"disjoint": alone and len(tasks) > 1, **choices})
+        known = len(tasks) > 1 and all(task in self.steps for task in tasks)
+        mixing = tuple(float(self.steps[task]) for task in tasks) if known else None
+        return self._training(tasks, {"disjoint": alone and len(tasks) > 1, "mixing": mixing, **choices})
 
     @property
     def double_layers(self) -> tuple[str, ...]:

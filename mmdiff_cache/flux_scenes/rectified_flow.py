@@ -7,7 +7,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
@@ -60,6 +60,11 @@ class FlowRecipe:
     def steps(self) -> int:
         """Steps of all phases."""
         return sum(phase.steps for phase in self.phases)
+
+    def shortened(self, share: float) -> "FlowRecipe":
+        """The same with this share of every phase's steps; the rate falls at the end of these."""
+        phases = (replace(one, steps=max(1, round(one.steps * share))) for one in self.phases)
+        return replace(self, phases=tuple(phases))
 
     def phase(self, step: int) -> Phase:
         """The phase that a step belongs to."""

@@ -52,12 +52,22 @@ class Recipe:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Workshop:
-    """Where and on what a run is made. `start` is a pipeline folder to go on from instead of from nothing."""
+    """Where and on what a run is made."""
 
     work: Path
     device: torch.device
     workers: int = 1
     start: Path | None = None
+    """A pipeline folder to go on from instead of from nothing."""
+    autoencoder: Path | None = None
+    """A pipeline folder whose autoencoder is taken over, where there is nothing to start from."""
+    share: float = 1.0
+    """Of the flow's steps: shorter trainings lie beside the whole one, on the same corpus and latents."""
+
+    @property
+    def training(self) -> Path:
+        """Folder of what flow and distillation leave."""
+        return self.work if self.share == 1 else self.work / f"share-{self.share:g}"
 
     def corpus(self, recipe: Recipe) -> Corpus:
         """The scenes to learn from."""
@@ -81,8 +91,8 @@ def autoencoder_stage(recipe: Recipe, shop: Workshop) -> None:
         log.info("the autoencoder is trained: %s", folder / "model")
         return
     folder.mkdir(parents=True, exist_ok=True)
-    if shop.start is not None:
-        load_pipeline(shop.start).vae.save_pretrained(folder / "model")
+    if (source := shop.start or shop.autoencoder) is not None:
+        load_pipeline(source).vae.save_pretrained(folder / "model")
         return
     model: AutoencoderKL = build_pipeline(recipe.architecture).vae
     train_autoencoder(model, shop.corpus(recipe), recipe.autoencoder, work=folder, device=shop.device)
@@ -105,15 +115,15 @@ def latents_stage(recipe: Recipe, shop: Workshop) -> None:
 
 
 def flow_stage(recipe: Recipe, shop: Workshop) -> None:
-    """Train transformer and text encoders."""
+    """Train transformer and text encoders, for the workshop's share of the steps."""
     pipeline = current_pipeline(recipe, shop)
     lessons = _lessons(recipe, shop, pipeline)
-    train_flow(pipeline, *lessons, recipe.flow, work=shop.work / "flow")
+    train_flow(pipeline, *lessons, recipe.flow.shortened(shop.share), work=shop.training / "flow")
 
 
 def distill_stage(recipe: Recipe, shop: Workshop) -> None:
     """Distil classifier-free guidance into the guidance embedding; anew if the flow was trained on."""
-    folder = shop.work / "distill"
+    folder = shop.training / "distill"
     if not _is_distilled(shop):
         shutil.rmtree(folder, ignore_errors=True)
     pipeline = trained_pipeline(recipe, shop, "flow")
@@ -167,7 +177,7 @@ def pictures_stage(recipe: Recipe, shop: Workshop, *, out: Path) -> None:
         for seed, (scene, (number, distance)) in enumerate(zip(scenes, found, strict=True))
     ]
     (out / "samples.json").write_text(json.dumps(texts, indent=2) + "\n")
-    draw_curves(read_metrics(shop.work / "flow" / "metrics.jsonl"), "train").save(
+    draw_curves(read_metrics(shop.training / "flow" / "metrics.jsonl"), "train").save(
         out / "curves.png", optimize=True
     )
 
@@ -183,10 +193,10 @@ def current_pipeline(recipe: Recipe, shop: Workshop) -> FluxPipeline:
 
 def trained_pipeline(recipe: Recipe, shop: Workshop, stage: str) -> FluxPipeline:
     """The pipeline with the averaged weights of the last checkpoint of stage 'flow' or 'distill'."""
-    path = shop.work / stage / "checkpoint" / "weights.safetensors"
+    path = shop.training / stage / "checkpoint" / "weights.safetensors"
     if not path.exists():
         raise ConfigError(
-            f"there is no checkpoint of stage {stage} in {shop.work}; run --stage {stage} first"
+            f"there is no checkpoint of stage {stage} in {shop.training}; run --stage {stage} first"
         )
     pipeline = current_pipeline(recipe, shop)
     prefix = "ema/module."
@@ -202,7 +212,9 @@ def describe_run(recipe: Recipe, shop: Workshop) -> dict[str, Any]:
     states = {
         stage: json.loads(path.read_text())
         for stage in ("vae", "flow", "distill")
-        if (path := shop.work / stage / "checkpoint" / "state.json").exists()
+        if (
+            path := (shop.work if stage == "vae" else shop.training) / stage / "checkpoint" / "state.json"
+        ).exists()
     }
     done = {
         stage: {"steps": state["step"], "hours": round(state["seconds"] / 3600, 2)}
@@ -213,14 +225,14 @@ def describe_run(recipe: Recipe, shop: Workshop) -> dict[str, Any]:
 
 def _flow_step(shop: Workshop) -> int | None:
     """Step of the flow's checkpoint; None where there is none."""
-    path = shop.work / "flow" / "checkpoint" / "state.json"
+    path = shop.training / "flow" / "checkpoint" / "state.json"
     return json.loads(path.read_text())["step"] if path.exists() else None
 
 
 def _is_distilled(shop: Workshop) -> bool:
     """Whether there is a distilled checkpoint whose teacher is the flow's present checkpoint."""
-    teacher = shop.work / "distill" / "teacher.json"
-    if not teacher.exists() or not (shop.work / "distill" / "checkpoint").exists():
+    teacher = shop.training / "distill" / "teacher.json"
+    if not teacher.exists() or not (shop.training / "distill" / "checkpoint").exists():
         return False
     return json.loads(teacher.read_text())["step"] == _flow_step(shop)
 

@@ -80,7 +80,7 @@ def read_result(path: str | Path, places: Collection[str | None] | None = None) 
         headlines=_by_task(parts, [_headline(part) for part in parts]),
         scores={where: _by_task(parts, [one.get(where, _NONE).scores for one in found]) for where in taken},
         protocols={where: tuple(one[where].protocol for one in found if where in one) for where in taken},
-        parameters=_parameters(run.path),
+        parameters=count_parameters(run.path),
         step=run.step,
         finished=run.finished,
         seconds=_seconds(run),
@@ -167,7 +167,7 @@ def _read(file: Path) -> dict[str, Any] | None:
     return values if isinstance(values, dict) and wanted <= values.keys() else None
 
 
-def _parameters(folder: Path) -> int:
+def count_parameters(folder: Path) -> int:
     """Trainable parameters; the model is built without memory."""
     with torch.device("meta"):
         model = build_model(spec_from_json(checkpoint.read_header(folder / LAST).spec))

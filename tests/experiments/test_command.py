@@ -1,19 +1,34 @@
 """`mmdiff-cache table`: bad requests are one line, a plan writes nothing, what is missing costs its rows."""
 
+import re
+import shlex
 from pathlib import Path
 
 import pytest
 
 from mmdiff_cache.cli.app import run
 from mmdiff_cache.experiments.world import World
+from mmdiff_cache.store.manifest import read_manifest
 from pipelines import table_04, table_05
 
 RECIPE = str(table_04.__file__)
+RECIPE_OF_TWO = """
+from mmdiff_cache.experiments import Row, Table
+from mmdiff_cache.experiments.table import claims
+
+def table(world):
+    rows = [
+        Row(name="all", trainings=(world.training("depth", timesteps=(0.78, 0.52, 0.26)),), paper={{}}),
+        Row(name="{name}", trainings=(world.training("depth", timesteps={timesteps}),), paper={{}}),
+    ]
+    return Table(title="{name}", rows=tuple(rows), claims=claims("all", "{name}", "ours", ("depth",)))
+"""
 
 
 @pytest.mark.parametrize(
     ("words", "told"),
     [
+        ([RECIPE, RECIPE], "recipes need names of their own, got"),
         (["nonesuch.py"], "table needs a recipe (.py) with a function table(world), got nonesuch.py"),
         ([RECIPE, "--dataset", "nonesuch"], "data set 'nonesuch' is not known"),
         ([RECIPE, "--backbone", "nonesuch"], "'nonesuch' is neither a backbone"),
@@ -88,3 +103,26 @@ def test_rows_without_weights_cost_nothing_and_others_go_on(
     assert (tmp_path / "out" / "table-04-saliency" / "table.md").exists()
     assert run([*command, "--set", "decoder=nonesuch"]) == 3
     assert "decoder must be one of" in capsys.readouterr().err
+
+
+def test_tables_of_one_command_share_stores_and_a_page_of_claims(
+    small: World, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, timesteps in (("one", (0.26,)), ("two", (0.52, 0.26))):
+        (tmp_path / f"{name}.py").write_text(RECIPE_OF_TWO.format(name=name, timesteps=timesteps))
+    command = ["table", str(tmp_path / "one.py"), str(tmp_path / "two.py"), "--dataset", "scenes"]
+    command += ["--backbone", small.backbone, "--limit", "4", "--quick", "--out", str(tmp_path / "out")]
+    command += [word for key, value in small.settings.items() for word in ("--set", f"{key}={value}")]
+    assert run(command) == 0
+    stores = list(data.glob("scenes/*/manifest.json"))
+    assert len(stores) == 1, "what both read is extracted once"
+    assert set(read_manifest(stores[0].parent).splits) == {"train", "test"}
+    page = (tmp_path / "out" / "claims.md").read_text()
+    again = re.findall(r"`(mmdiff-cache table .*)`", page)
+    assert len(again) == 2
+    assert page.count("**open**") == 2, "a verdict takes three seeds"
+    capsys.readouterr()
+    assert run(shlex.split(again[1])[1:]) == 0
+    printed = capsys.readouterr().out
+    assert "2 runs: 2 finished" in printed
+    assert page == (tmp_path / "out" / "claims.md").read_text(), "a part of a table is no table of its own"

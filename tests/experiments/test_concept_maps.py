@@ -1,6 +1,7 @@
 """Concept maps against masks: AP against torchmetrics, masks by hand, and maps that are known to be right."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from mmdiff_cache.errors import ConfigError
+from mmdiff_cache.errors import ConfigError, DataError
 from mmdiff_cache.experiments.concept_maps import (
     AP,
     BOUND,
@@ -43,6 +44,8 @@ MORE = {
     "structure": ("object", "background"),
     "unified": ("object", "near", "detail"),
     "nothing": ("detail", "surface"),
+    "shapes": ("ball", "cone"),
+    "absent": ("cone", "detail"),
 }
 SPECS = {spec.name: spec for spec in LABELS}
 
@@ -143,13 +146,18 @@ def test_words_take_the_first_label_set_that_shows_them() -> None:
 
 @pytest.fixture(scope="module")
 def telling_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twelve test pictures whose scores of `object` and `background` say which tokens hold an object."""
+    """Twelve test pictures whose scores of `object` and `background` say which tokens hold an object.
+
+    None of them shows the class `cone`.
+    """
     path = tmp_path_factory.mktemp("stores") / "telling"
     words = {**VOCABULARIES, **MORE}
     vocabularies = [
         Vocabulary(name=n, concepts=w, blocks=BLOCKS, map_blocks=BLOCKS[:1]) for n, w in words.items()
     ]
-    schema = make_schema(vocabularies=tuple(vocabularies))
+    specs = [replace(spec, classes=(*spec.classes, "cone")) if spec.classes else spec for spec in LABELS]
+    labels = tuple(LabelArray(spec=spec, canvas=(64, 64)) for spec in specs)
+    schema = make_schema(vocabularies=tuple(vocabularies), labels=labels)
     with open_writer(path, make_manifest(schema, {"test": 12}, "blocks", "empty")) as writer:
         for partition in writer.pending("test"):
             with writer.begin(partition) as out:
@@ -206,6 +214,16 @@ def test_words_without_a_mask_are_left_out(telling_store: Path) -> None:
     assert "without a mask: detail" in str(found)
     with pytest.raises(ConfigError, match=r"no word of 'nothing' \(detail, surface\) names a mask"):
         concept_map_scores(telling_store, "nothing")
+
+
+def test_words_whose_mask_no_picture_shows_are_left_out(telling_store: Path) -> None:
+    """Nor do they count in the mean: a few pictures show few classes."""
+    found = concept_map_scores(telling_store, "shapes", draws=50)
+    assert ([one.word for one in found.words], found.not_shown) == (["ball"], ("cone",))
+    assert found.mean.scores == found.words[0].scores
+    assert "in no picture: cone" in str(found)
+    with pytest.raises(DataError, match=r"none of the 12 pictures of test .* a word of 'absent'"):
+        concept_map_scores(telling_store, "absent")
 
 
 def test_the_result_is_a_table_and_json_and_repeats(telling_store: Path) -> None:

@@ -1,9 +1,11 @@
 """Claims of a table against the statistics that its runs left."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from mmdiff_cache.experiments.judgement import judge
 from mmdiff_cache.experiments.outcome import Outcome
@@ -28,7 +30,7 @@ def outcomes(
     return [
         Outcome(
             row=name, task="depth", dataset="blocks", split="test", paper={}, runs=runs[name], scores={},
-            expected=True, reason=reason if name == "one" else None,
+            parameters=None, curve=(), expected=True, reason=reason if name == "one" else None,
         )
         for name in ROWS
     ]  # fmt: skip
@@ -36,9 +38,9 @@ def outcomes(
 
 def test_a_gain_in_every_seed_confirms_and_a_loss_in_every_seed_refutes(tmp_path: Path) -> None:
     for name, gains, expected in (
-        ("up", (0.05, 0.02), "confirmed"),
-        ("down", (-0.05, -0.02), "refuted"),
-        ("both", (0.05, -0.02), "open"),
+        ("up", (0.05, 0.02, 0.03), "confirmed"),
+        ("down", (-0.05, -0.02, -0.03), "refuted"),
+        ("both", (0.05, -0.02, 0.03), "open"),
     ):
         (tmp_path / name).mkdir()
         found = judge(CLAIM, outcomes(tmp_path / name, gains), draws=100)
@@ -49,10 +51,10 @@ def test_a_gain_in_every_seed_confirms_and_a_loss_in_every_seed_refutes(tmp_path
 
 
 def test_what_is_not_there_in_every_seed_stays_open(tmp_path: Path) -> None:
-    found = judge(CLAIM, outcomes(tmp_path, (0.05, 0.05), lacking=1), draws=50)
+    found = judge(CLAIM, outcomes(tmp_path, (0.05, 0.05, 0.05, 0.05), lacking=1), draws=50)
     assert found.verdict == "open"
-    assert found.reason == "only one of the rows has seed 1"
-    assert list(found.differences) == [0]
+    assert found.reason == "only one of the rows has seed 3"
+    assert list(found.differences) == [0, 1, 2]
     assert found.differences[0].low > 0
 
 
@@ -67,3 +69,15 @@ def test_runs_that_cannot_be_compared_say_why(tmp_path: Path) -> None:
     found = judge(CLAIM, made, draws=50)
     assert found.verdict == "open"
     assert "has no statistics of depth" in (found.reason or "")
+
+
+def test_two_seeds_are_no_verdict(tmp_path: Path) -> None:
+    found = judge(CLAIM, outcomes(tmp_path, (0.05, 0.05)), draws=50)
+    assert (found.verdict, found.reason) == ("open", "a verdict takes 3 seeds, there are 2")
+
+
+def test_the_papers_gain_is_positive_where_the_claim_holds(tmp_path: Path) -> None:
+    better, worse = outcomes(tmp_path, (0.05,))
+    pair = [replace(better, paper={"abs_rel": 0.118}), replace(worse, paper={"abs_rel": 0.431})]
+    assert judge(CLAIM, pair, draws=50).paper == pytest.approx(0.313)
+    assert judge(CLAIM, [better, worse], draws=50).paper is None

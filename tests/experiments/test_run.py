@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from mmdiff_cache.errors import ConfigError
 from mmdiff_cache.experiments import Claim, Row, Table, World
@@ -20,6 +21,8 @@ from mmdiff_cache.records import Progress
 from mmdiff_cache.sweeps.results import SCORES
 from mmdiff_cache.training.checkpoint import LAST
 from mmdiff_cache.training.evaluate import evaluate
+from mmdiff_cache.training.folder import read_metrics
+from mmdiff_cache.training.run import model_for_run
 
 Bar = Callable[[str], AbstractContextManager[Progress]]
 SINGLE, FOUR, DINO, BROKEN, BOTH = "one t", "four t", "with an encoder", "broken", "both at once"
@@ -31,7 +34,7 @@ def make_table(world: World, encoder: str) -> Table:
         title="A table",
         rows=(
             Row(name=SINGLE, trainings=(world.training("depth", timesteps=CLEAREST),), paper={}),
-            Row(name=FOUR, trainings=(world.training("depth"),), paper=PAPER),
+            Row(name=FOUR, trainings=(world.training("depth", holdout=0.25),), paper=PAPER),
             Row(name=DINO, trainings=(world.training("depth", discriminative=(encoder,)),), paper={}),
             Row(name=BROKEN, trainings=(world.training("depth", decoder="nonesuch"),), paper={}),
             Row(name=BOTH, trainings=(world.together("segmentation", "depth"),), paper={}),
@@ -79,7 +82,7 @@ def test_a_table_is_carried_out_once(plan: TablePlan, bar: Bar, tmp_path: Path) 
 
     weights = {file: file.stat().st_mtime_ns for file in (tmp_path / "out").glob(f"trainings/*/{LAST}")}
     tables = {file.name: file.read_bytes() for file in result.path.iterdir()}
-    assert set(tables) == {"table.md", "table.csv", "results.json", "plot.png"}
+    assert set(tables) == {"table.md", "table.csv", "results.json", "plot.png", "curves.png"}
     again, said = carry_out(plan_table(plan.table, plan.world, tmp_path / "out", "a-table"), bar)
     assert "6 runs: 6 finished" in said
     assert weights == {
@@ -96,6 +99,10 @@ def test_the_files_say_the_same(plan: TablePlan, bar: Bar) -> None:
     assert four is not None
     shown = four.scores["abs_rel"]
     assert f"| {FOUR} | 2 | {shown} (0.118) |" in text
+    checks = [read_metrics(folder)[-1]["held_out"]["ema"]["abs_rel"] for folder in four.runs.values()]
+    assert four.curve[-1] == (2, pytest.approx(sum(checks) / 2))
+    assert four.parameters == sum(value.numel() for value in model_for_run(four.runs[0]).parameters())
+    assert f"{four.parameters:,} | {four.curve[-1][1] - four.curve[0][1]:+.4f} |" in text
     assert f"| {DINO} | not run | - |" in text
     assert "- something to know" in text
     assert f"- {BROKEN} (depth): decoder must be one of" in text
@@ -109,7 +116,7 @@ def test_the_files_say_the_same(plan: TablePlan, bar: Bar) -> None:
     pair = [result.find(name, "depth") for name in (SINGLE, FOUR)]
     errors = [json.loads((one.runs[1] / SCORES).read_text())["scores"]["abs_rel"] for one in pair if one]
     assert estimate == pytest.approx(errors[0] - errors[1]), "less error is a gain"
-    assert f"| {FOUR} > {SINGLE} (Sec. 0) | depth abs_rel ↓ | {judgement.differences[0]}<br>" in text
+    assert f"| {FOUR} > {SINGLE} (Sec. 0) | depth abs_rel ↓ | - | {judgement.differences[0]}<br>" in text
     assert values["claims"][0]["differences"]["1"]["estimate"] == estimate
 
 
@@ -179,7 +186,7 @@ def test_a_store_that_cannot_be_made_costs_its_rows_alone(
 
 def test_the_plan_tells_disk_hours_and_what_is_missing(plan: TablePlan) -> None:
     text = str(plan.timed())
-    assert "12 of 12 samples to extract" in text
+    assert "8 of 8 samples to extract" in text
     assert "of one GPU at 400 TFLOP/s" in text
     assert f"not run    {DINO} (depth): the weights of dinov3-vitb16 are not on this machine" in text
     assert not plan.out.exists()
@@ -189,3 +196,20 @@ def test_mean_iou_on_scenes_is_that_of_the_shapes() -> None:
     assert score_name("miou", "segmentation", "scenes") == "miou_shapes"
     assert score_name("miou", "segmentation", "voc") == "miou"
     assert score_name("rmse", "depth", "scenes") == "rmse"
+
+
+@pytest.mark.slow
+def test_worker_processes_change_no_score(plan: TablePlan, tmp_path: Path, bar: Bar) -> None:
+    """On a CPU each has its share of the threads, so those of one process are the same here."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        together = run_table(plan, say=lambda _: None, bar=bar, workers=2)
+        assert torch.get_num_threads() == 2
+        torch.set_num_threads(1)
+        apart = plan_table(plan.table, plan.world, tmp_path / "alone", "a-table")
+        alone = run_table(apart, say=lambda _: None, bar=bar)
+    finally:
+        torch.set_num_threads(threads)
+    assert [one.scores for one in together.outcomes] == [one.scores for one in alone.outcomes]
+    assert [one.curve for one in together.outcomes] == [one.curve for one in alone.outcomes]

@@ -16,7 +16,8 @@ def test_the_papers_world_and_the_small_one() -> None:
     assert (small.backbone, small.limit, set(small.datasets.values())) == ("flux-scenes", 512, {"scenes"})
     assert paper.training("depth").config.learning_rate == 1e-4
     assert small.training("depth").config.steps == 720
-    assert small.together("segmentation", "depth").config.steps == 1440 + 720
+    both = small.together("segmentation", "depth").config
+    assert (both.steps, both.mixing) == (1440 + 720, (1440, 720))
 
 
 def test_worlds_that_differ_in_samples_or_models_have_names_of_their_own(

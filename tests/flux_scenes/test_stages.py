@@ -80,3 +80,33 @@ def test_stages_run_in_order_and_start_from_a_folder(tmp_path: Path) -> None:
     again = dataclasses.replace(shop, work=tmp_path / "again", start=tmp_path / "flux")
     autoencoder_stage(recipe, again)
     assert (tmp_path / "again" / "vae" / "model").exists()
+
+
+def test_a_share_of_the_steps_lies_beside_the_whole_training(tmp_path: Path) -> None:
+    """And takes the whole one's autoencoder, so that what differs is the training alone."""
+    recipe, whole = tiny(4), Workshop(work=tmp_path / "work", device=torch.device("cpu"))
+    for stage in (corpus_stage, autoencoder_stage, latents_stage, flow_stage):
+        stage(recipe, whole)
+    export_stage(recipe, whole, out=tmp_path / "flux")
+    part = dataclasses.replace(whole, share=0.5, autoencoder=tmp_path / "flux")
+    for stage in (flow_stage, distill_stage):
+        stage(recipe, part)
+    export_stage(recipe, part, out=tmp_path / "younger")
+    assert describe_run(recipe, whole)["done"]["flow"]["steps"] == 4
+    assert describe_run(recipe, part)["done"]["flow"]["steps"] == 2
+    apart = dataclasses.replace(part, work=tmp_path / "apart")
+    for stage in (corpus_stage, autoencoder_stage, latents_stage, flow_stage):
+        stage(recipe, apart)
+    export_stage(recipe, apart, out=tmp_path / "apart-younger")
+    ours, theirs, other = (load_pipeline(tmp_path / name) for name in ("flux", "younger", "apart-younger"))
+    for weight, same, also in zip(*(one.vae.parameters() for one in (ours, theirs, other)), strict=True):
+        assert torch.equal(weight, same)
+        assert torch.equal(weight, also)
+    assert not torch.equal(ours.transformer.x_embedder.weight, theirs.transformer.x_embedder.weight)
+
+
+def test_every_phase_is_shortened() -> None:
+    phases = (Phase(size=16, steps=100, batch=2), Phase(size=32, steps=5, batch=1))
+    shorter = FlowRecipe(phases=phases).shortened(0.1)
+    assert [(phase.size, phase.steps) for phase in shorter.phases] == [(16, 10), (32, 1)]
+    assert FlowRecipe(phases=phases).shortened(1.0).phases == phases

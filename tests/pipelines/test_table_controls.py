@@ -95,8 +95,8 @@ def test_its_smallest_run_gives_every_claim_a_verdict(tiny_flux_folder: Path, tm
     asked = [claim for claim in plan.table.claims if claim.task == "depth"]
     assert [one.claim for one in result.judgements] == asked
     for one in result.judgements:
-        assert (len(one.differences), one.reason) == (2, None)
-        assert one.verdict in ("confirmed", "refuted", "open")
+        assert len(one.differences) == 2
+        assert (one.verdict, one.reason) == ("open", "a verdict takes 3 seeds, there are 2")
 
 
 def outcome_runs(result: TableResult, row: str) -> list[Path]:

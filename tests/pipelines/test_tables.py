@@ -11,11 +11,23 @@ from mmdiff_cache.cli.app import run
 from mmdiff_cache.experiments.needs import needs_of
 from mmdiff_cache.experiments.table import METRICS, Table
 from mmdiff_cache.experiments.world import make_world
-from pipelines import table_04, table_05, table_10, table_14, tables_11_13
+from pipelines import (
+    table_04,
+    table_05,
+    table_10,
+    table_14,
+    table_controls,
+    table_growth,
+    table_readings,
+    table_timesteps,
+    tables_11_13,
+)
 from tests.datasets import trees
 from tests.tiny_sd3 import save_tiny_sd3
 
 RECIPES = (table_04, table_05, table_10, tables_11_13, table_14)
+OURS = (table_controls, table_growth, table_readings, table_timesteps)
+"""Tables that the paper lacks."""
 WORLDS = {"paper": make_world(), "small": make_world(datasets=["scenes"])}
 DATA = ("voc", "duts", "nyu", "nyu_1449")
 SMALL = ("aggregator.width=8", "aggregator.depth=1", "aggregator.heads=2")
@@ -42,7 +54,35 @@ def test_every_row_can_be_read_from_a_store_and_has_the_papers_figures(
     assert len(told) >= len(table.rows) / 2
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=name)
+@pytest.mark.parametrize("recipe", OURS, ids=name)
+def test_rows_of_our_own_say_all_that_they_read(
+    recipe: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Layers and timesteps are not left to what a store happens to hold, and no task goes without a claim."""
+    monkeypatch.setenv("MMDIFF_DATA", str(tmp_path))
+    table: Table = recipe.table(WORLDS["small"])
+    assert table.tasks == (("depth",) if recipe is table_readings else tuple(METRICS))
+    assert {claim.task for claim in table.claims} == set(table.tasks)
+    for row in table.rows:
+        assert not row.paper
+        for training in row.trainings:
+            assert training.config.layers
+            assert training.config.timesteps
+            assert training.config.variants
+
+
+def test_readings_change_what_their_rows_name() -> None:
+    rows = {row.name: row for row in table_readings.table(WORLDS["small"]).rows}
+    default = rows.pop(table_readings.DEFAULT).training("depth")
+    assert default is not None
+    for row in rows.values():
+        training = row.training("depth")
+        assert training is not None
+        fields = zip(default.config.to_json().items(), training.config.to_json().items(), strict=True)
+        assert sum(one != other for one, other in fields) == 1, row.name
+
+
+@pytest.mark.parametrize("recipe", [*RECIPES, *OURS], ids=name)
 def test_a_recipe_is_short_and_says_how_it_is_run(recipe: ModuleType) -> None:
     text = Path(str(recipe.__file__)).read_text()
     assert 40 <= len(text.splitlines()) <= 125

@@ -1,4 +1,4 @@
-"""A backbone of the same shape that was never trained: what its features give, its shape gives."""
+"""Backbones of the same shape to compare with: one never trained, and ones that were trained less."""
 
 import logging
 import os
@@ -31,6 +31,15 @@ def random_backbone(name: str) -> str:
     if not folder.exists() and _can_be_made(info):
         _make(locate(info), folder)
     return str(folder)
+
+
+def younger_backbone(name: str, share: float) -> str:
+    """The folder of one that was trained for a share of the steps, such as flux-scenes-10 for a tenth.
+
+    It has to be trained: `pipelines/flux_scenes.py --share 0.1` writes the bundled backbone's there. Until
+    then the folder is no backbone, and what needs it says so.
+    """
+    return str(data_folder().absolute() / "backbones" / f"{describe(name).name}-{100 * share:g}")
 
 
 def _can_be_made(info: BackboneInfo) -> bool:

@@ -8,8 +8,8 @@ from safetensors.torch import load_file
 from mmdiff_cache.backbones.registry import describe
 from mmdiff_cache.backbones.weights import locate
 from mmdiff_cache.errors import ConfigError
-from mmdiff_cache.experiments import random_backbone as module
-from mmdiff_cache.experiments.random_backbone import random_backbone
+from mmdiff_cache.experiments import control_backbones as module
+from mmdiff_cache.experiments.control_backbones import random_backbone, younger_backbone
 
 
 @pytest.fixture(autouse=True)
@@ -53,3 +53,9 @@ def test_of_large_and_absent_ones_nothing_is_made(
         with pytest.raises(ConfigError, match="is neither a backbone"):
             describe(random_backbone(name))
     assert not data.exists()
+
+
+def test_younger_ones_are_trained_elsewhere_and_named_by_their_share(data: Path) -> None:
+    assert Path(younger_backbone("flux-scenes", 0.1)) == data / "backbones" / "flux-scenes-10"
+    with pytest.raises(ConfigError, match="is neither a backbone"):
+        describe(younger_backbone("flux-scenes", 0.3))
