@@ -27,7 +27,7 @@ from mmdiff_cache.experiments.concept_masks import NamedMask, masks_of, named_ma
 from mmdiff_cache.experiments.statistics import verdict
 from mmdiff_cache.records import LabelSpec
 from mmdiff_cache.store.reader import open_store
-from mmdiff_cache.store.schema import Vocabulary
+from mmdiff_cache.store.schema import LabelArray, Vocabulary
 from mmdiff_cache.store.writer import open_writer
 from tests.learnable import (
     BLOCKS,
