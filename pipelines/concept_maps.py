@@ -1,6 +1,6 @@
 """Do concept maps lie on what their words name? Every vocabulary of a store against its labels, untrained.
 
-    mmdiff-cache extract --config pipelines/concept_maps.py       # 500 test scenes, one layer; minutes
+    mmdiff-cache extract --config pipelines/concept_maps.py       # 500 scenes, one layer; minutes
     python pipelines/concept_maps.py data/scenes/flux-scenes-words --out concept-maps
     python pipelines/concept_maps.py STORE --split val            # any other store with vocabularies
 
@@ -21,15 +21,16 @@ from mmdiff_cache.experiments.concept_maps import ConceptMapScores, concept_map_
 from mmdiff_cache.experiments.concept_masks import named_mask
 from mmdiff_cache.experiments.statistics import verdict
 from mmdiff_cache.store.reader import Store, open_store
+from mmdiff_cache.training.evaluate import pick_split
 
 VOCABULARIES = ("segmentation", "saliency", "depth", "scenes-classes", "untrained-4", "untrained-5")
 
 
 def extract() -> ExtractConfig:
-    """The test scenes with all words; of the hidden states one layer, which is not looked at."""
+    """Scenes that nothing was chosen on, all words, and one layer, which is not looked at."""
     return ExtractConfig(
         dataset="scenes",
-        splits=("test",),
+        splits=("final",),
         backbone="flux-scenes",
         layers=("single.1",),
         concepts={name: PRESETS[name] for name in VOCABULARIES},
@@ -54,10 +55,11 @@ def main() -> None:
     """Read the command line, score, print, write."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("store", type=Path)
-    parser.add_argument("--split", default="test")
+    parser.add_argument("--split", help="by default the one that evaluate takes")
     parser.add_argument("--out", type=Path, default=Path("concept-maps"), help="folder of the results")
     asked = parser.parse_args()
-    found = dict(readings(open_store(asked.store), asked.split))
+    store = open_store(asked.store)
+    found = dict(readings(store, pick_split(store, asked.split)))
     texts = [f"**{name}**: {claim_words(one)}\n\n{one}\n" for name, one in found.items()]
     asked.out.mkdir(parents=True, exist_ok=True)
     (asked.out / "scores.json").write_text(json.dumps({name: one.to_json() for name, one in found.items()}))

@@ -43,7 +43,7 @@ def runs_of(table: Path, row: str, task: str) -> list[Path]:
 
 
 def measure(
-    runs: list[Path], out: Path, split: str, store: Path | None, task: str | None
+    runs: list[Path], out: Path, split: str | None, store: Path | None, task: str | None
 ) -> list[FusionWeights]:
     """Measure every run, and write all files."""
     out.mkdir(parents=True, exist_ok=True)
@@ -71,7 +71,7 @@ def main() -> None:
     parser.add_argument("--table", type=Path, help="results.json of a table, in place of runs")
     parser.add_argument("--row", help="row of the table")
     parser.add_argument("--task", help="task of the row, or of runs of several")
-    parser.add_argument("--split", default="test")
+    parser.add_argument("--split", help="by default the one that evaluate takes")
     parser.add_argument("--store", type=Path, help="where the runs' store lies now")
     parser.add_argument("--out", type=Path, default=Path("fusion-weights"), help="folder of the results")
     asked = parser.parse_args()

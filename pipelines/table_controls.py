@@ -22,10 +22,8 @@ themselves lie on what their words name, without training: pipelines/concept_map
 """
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
-from mmdiff_cache.backbones.registry import describe
 from mmdiff_cache.config import AggregatorConfig, ConceptMapsConfig
 from mmdiff_cache.datasets.concepts import DEFAULT
 from mmdiff_cache.experiments import Row, Table, Training, World
@@ -62,28 +60,22 @@ CLAIMS = (
 
 
 def table(world: World) -> Table:
-    """Thirteen rows, of which the paper has no figures.
-
-    Layers, timesteps and draws are all named: what a row leaves open is all that a store has, and this
-    one also holds what other rows ask for.
-    """
-    info = describe(world.backbone)
-    one = {"layers": info.layers, "timesteps": info.timesteps, "variants": (0,)}
-    plain = {**one, "concepts": NO_CONCEPTS}
-    random = replace(world, backbone=random_backbone(world.backbone))
+    """Thirteen rows, of which the paper has no figures."""
+    plain = {"concepts": NO_CONCEPTS}
+    random = world.with_control(random_backbone(world.backbone))
     rows = {
-        WITH: world.trainings(**one),
+        WITH: world.trainings(),
         WITHOUT: world.trainings(**plain),
         SINGLE: at_best(world, 1, plain),
         DRAWS: at_best(world, 1, {**plain, "variants": tuple(range(COUNT)), "variant_use": "stack"}),
         REPEATED: at_best(world, COUNT, plain),
         MEAN: world.trainings(**plain, aggregator=AggregatorConfig(kind="mean")),
         CONCAT: world.trainings(**plain, aggregator=AggregatorConfig(kind="concat")),
-        SHUFFLED: world.trainings(**one, concept_maps=ConceptMapsConfig(shuffled=True)),
+        SHUFFLED: world.trainings(concept_maps=ConceptMapsConfig(shuffled=True)),
         UNTRAINED: tuple(
-            world.training(task, **one, concepts=f"untrained-{len(DEFAULT[task])}") for task in METRICS
+            world.training(task, concepts=f"untrained-{len(DEFAULT[task])}") for task in METRICS
         ),
-        CROSS: world.trainings(**one, concepts=CROSS_ATTENTION),
+        CROSS: world.trainings(concepts=CROSS_ATTENTION),
         RANDOM: random.trainings(**plain),
         LATENT: world.trainings(**plain, source="latents"),
         PIXELS: world.trainings(**plain, source="images", learning_rate=LEARNING_RATE),

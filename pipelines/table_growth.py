@@ -13,10 +13,6 @@ timesteps score better than the best single one, and with concept maps better th
 gains themselves grow, the rows say: they are differences of differences, for which there is no test here.
 """
 
-from dataclasses import replace
-
-from mmdiff_cache.backbones.info import BackboneInfo
-from mmdiff_cache.backbones.registry import describe
 from mmdiff_cache.experiments import Claim, Row, Table, World
 from mmdiff_cache.experiments.control_backbones import random_backbone, younger_backbone
 from mmdiff_cache.experiments.table import METRICS, claims
@@ -34,18 +30,20 @@ def backbones(name: str) -> dict[str, str]:
     return {"never trained": random_backbone(name), **younger, "trained": name}
 
 
-def rows(world: World, age: str, info: BackboneInfo) -> list[Row]:
-    """Three rows of one age; layers and timesteps are named, not left to what a store holds."""
-    four = {"layers": info.layers, "timesteps": info.timesteps, "variants": (0,)}
-    plain = {**four, "concepts": NO_CONCEPTS}
-    single = tuple(world.training(task, **{**plain, "timesteps": (t,)}) for task, t in BEST.items())
-    trainings = {WITH: world.trainings(**four), FOUR: world.trainings(**plain), SINGLE: single}
+def rows(world: World, age: str) -> list[Row]:
+    """Three rows of one age."""
+    single = tuple(world.training(task, concepts=NO_CONCEPTS, timesteps=(t,)) for task, t in BEST.items())
+    trainings = {
+        WITH: world.trainings(),
+        FOUR: world.trainings(concepts=NO_CONCEPTS),
+        SINGLE: single,
+    }
     return [Row(name=f"{age}: {name}", trainings=found, paper={}) for name, found in trainings.items()]
 
 
 def table(world: World) -> Table:
     """Twelve rows, of which the paper has no figures."""
-    ages, info = backbones(world.backbone), describe(world.backbone)
+    ages = backbones(world.backbone)
     steps = list(zip(list(ages)[1:], ages, strict=False))
     older: list[Claim] = [
         claim for age, before in steps for claim in claims(f"{age}: {FOUR}", f"{before}: {FOUR}", "App. G")
@@ -59,9 +57,7 @@ def table(world: World) -> Table:
     ]
     return Table(
         title="Dose and response: the generator's training",
-        rows=tuple(
-            row for age, name in ages.items() for row in rows(replace(world, backbone=name), age, info)
-        ),
+        rows=tuple(row for age, name in ages.items() for row in rows(world.with_control(name), age)),
         claims=(*older, *gains),
         notes=(f"Best single t: {best}, those of the trained one.",),
     )

@@ -12,7 +12,6 @@ alone, whose score differs least between seeds, so that small effects show.
 
 from typing import Any
 
-from mmdiff_cache.backbones.registry import describe
 from mmdiff_cache.config import AggregatorConfig, ConceptMapsConfig, EmaConfig
 from mmdiff_cache.experiments import Row, Table, World
 from mmdiff_cache.experiments.table import claims
@@ -39,13 +38,11 @@ def readings() -> dict[str, dict[str, Any]]:
 
 def table(world: World) -> Table:
     """Ten rows, of which the paper has no figures."""
-    info = describe(world.backbone)
-    four = {"layers": info.layers, "timesteps": info.timesteps, "variants": (0,)}
     found = readings()
     return Table(
         title="Open readings of the paper",
         rows=tuple(
-            Row(name=name, trainings=(world.training(TASK, **four, **choice),), paper={})
+            Row(name=name, trainings=(world.training(TASK, **choice),), paper={})
             for name, choice in found.items()
         ),
         claims=tuple(

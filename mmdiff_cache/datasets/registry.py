@@ -4,7 +4,7 @@ A new one is a file beside this one, with a `Dataset` and its `open` function, a
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from mmdiff_cache.datasets import concepts, duts, images, listed, nyu_depth, prompt_list, scenes, voc
 from mmdiff_cache.datasets.base import Dataset
@@ -23,6 +23,8 @@ class DatasetEntry:
     """
     splits: Mapping[str, int | None]
     """Default splits with the numbers of samples that they should have; None where any number is right."""
+    more_splits: Mapping[str, int] = field(default_factory=dict[str, int])
+    """The same of those that are read only where they are named."""
     backbone: str
     concepts: Mapping[str, tuple[str, ...]]
     needs_root: bool
@@ -48,6 +50,7 @@ DATASETS: Mapping[str, DatasetEntry] = {
             summary="rendered solids on the ground: class and material masks, salient object, metric depth",
             open=scenes.open_scenes,
             splits=scenes.SIZES,
+            more_splits=scenes.FINAL,
             backbone="flux-scenes",
             concepts=concepts.DEFAULT,
             needs_root=False,

@@ -29,6 +29,7 @@ from mmdiff_cache.models.unified import OneTask
 from mmdiff_cache.records import LabelSpec
 from mmdiff_cache.tasks import find_task
 from mmdiff_cache.training.build import open_dataset
+from mmdiff_cache.training.evaluate import pick_split
 from mmdiff_cache.training.run import Run, device_of, model_for_run, one_task, store_of
 from mmdiff_cache.training.scoring import autocast
 
@@ -124,15 +125,21 @@ class WeighedSplit:
 
 
 def open_weighed(
-    run: Run | str | Path, split: str = "test", *, store: str | Path | None = None, task: str | None = None
+    run: Run | str | Path,
+    split: str | None = None,
+    *,
+    store: str | Path | None = None,
+    task: str | None = None,
 ) -> WeighedSplit:
-    """A trained run with averaged weights, and the tokens at edges and inside of a split of its store.
+    """A trained run with averaged weights, and the tokens at edges and inside of a split of its store, by
+    default the one that `evaluate` takes.
 
     `store` says where the store lies now; `task` is one of those of a run of several. Raises ConfigError for
     a run whose weights do not vary from token to token, or fewer than two pictures with edges and insides.
     """
     run = one_task(run, task)
     opened = store_of(run, store)
+    split = pick_split(opened, split)
     whole = open_dataset(run.config, opened, split)
     model, timesteps = _weighing(run, whole)
     label = whole.reader.label_specs[find_task(run.config.task, run.config.label).label]

@@ -111,11 +111,12 @@ def extraction(need: Need, world: World) -> ExtractConfig:
 
 
 def _splits(dataset: DatasetEntry) -> tuple[str, ...] | None:
-    """What is trained on and what is scored: scenes also have a split that no table reads. None for all,
+    """What is trained on and what is scored: scenes also have splits that no table reads. None for all,
     where only the files say which there are.
     """
-    scored = next((split for split in SCORED if split in dataset.splits), None)
-    read = tuple(split for split in dataset.splits if split in ("train", scored))
+    there = (*dataset.splits, *dataset.more_splits)
+    scored = next((split for split in SCORED if split in there), None)
+    read = tuple(split for split in there if split in ("train", scored))
     return None if dataset.find_splits is not None else read
 
 
@@ -211,5 +212,6 @@ def published_bytes(need: Need, world: World) -> int:
 def samples_of(config: ExtractConfig) -> int:
     """Samples by the data set's published size, at most `limit` of a split."""
     most = math.inf if config.limit is None else config.limit
-    sizes = find_dataset(config.dataset).splits
+    dataset = find_dataset(config.dataset)
+    sizes = {**dataset.splits, **dataset.more_splits}
     return int(sum(min(sizes[split] or 0, most) for split in config.splits or sizes))

@@ -31,9 +31,13 @@ SEEDS = (0, 1, 2)
 CLEAREST = (min(TIMESTEPS),)
 """The paper's "t = 0"."""
 PAPER_DEFAULTS: Mapping[str, Any] = {"precision": "bfloat16"}
+SMALL_EVERY = 2
+"""Of the four layers at the paper's relative depths every second. The paper reads every eleventh block; two
+of flux-scenes' twelve lie closer than that, and make a training half as long.
+"""
 SMALL_STEPS: Mapping[str, int] = {"segmentation": 1440, "saliency": 480, "depth": 720}
 SMALL_DEFAULTS: Mapping[str, Any] = {
-    **PAPER_DEFAULTS,
+    "precision": "float32",  # few CPUs compute faster in bfloat16
     "batch_size": 4,
     "learning_rate": 3e-3,
     "decoder_rate": 1.0,
@@ -41,6 +45,8 @@ SMALL_DEFAULTS: Mapping[str, Any] = {
 }
 SMALL_LIMIT = 512
 """Scenes a split, where it has as many."""
+SMALL_WIDTH = 4
+"""C / D, as in the paper: 3072 / 768."""
 QUICK_STEPS, QUICK_LIMIT, QUICK_SEEDS = 2, 16, (0,)
 QUICK_DEFAULTS: Mapping[str, Any] = {"batch_size": 2, "holdout": 0.0}
 
@@ -70,9 +76,17 @@ class World:
     """Folders of the data sets' files, by data set."""
     prompts: Mapping[str, str] = field(default_factory=dict[str, str])
     """Rule of the prompts by data set; empty ones where there is none."""
+    every: int = 1
+    """Of the backbone's layers every n-th is read, the deepest among them."""
+    shape: str | None = None
+    """Whose layers and timesteps are read; the backbone's own by default."""
 
     def training(self, task: str, **choices: Any) -> Training:
-        """A model for one task; `choices` are fields of its configuration."""
+        """A model for one task; `choices` are fields of its configuration.
+
+        Layers, timesteps and noise draw are the world's where `choices` have none: nothing is left to what a
+        store happens to hold.
+        """
         return self._training((task,), choices)
 
     def trainings(self, **choices: Any) -> tuple[Training, ...]:
@@ -93,7 +107,8 @@ class World:
     def double_layers(self) -> tuple[str, ...]:
         """Double-stream blocks at the relative depths of the paper's single-stream blocks {4, 15, 26, 37}."""
         count = describe(self.backbone).architecture.double_blocks
-        return tuple(f"double.{n}" for n in same_depth(PAPER_SINGLE_LAYERS, PAPER_SINGLE_BLOCKS, count))
+        found = same_depth(PAPER_SINGLE_LAYERS, PAPER_SINGLE_BLOCKS, count)
+        return tuple(f"double.{n}" for n in found)[self.every - 1 :: self.every]
 
     @property
     def encoder_name(self) -> str:
@@ -108,6 +123,10 @@ class World:
         known = [count for count in (self.limit, there) if count is not None]
         return max(1, min(known) // tasks) if known else None
 
+    def with_control(self, backbone: str) -> "World":
+        """The same with another backbone of the same shape, which may not be there yet."""
+        return replace(self, backbone=backbone, shape=self.backbone)
+
     def exchanged(self, dataset: str, other: str) -> "World":
         """The same with another data set in the place of one; the same world where it does not have that."""
         found = {task: other if name == dataset else name for task, name in self.datasets.items()}
@@ -118,6 +137,7 @@ class World:
         known = [count for count in steps if count is not None]
         values = {
             **self.defaults,
+            **self._read(choices.get("source")),
             "task": "+".join(tasks),
             "steps": sum(known) if len(known) == len(steps) else None,
             **choices,
@@ -127,6 +147,17 @@ class World:
             datasets=tuple(self.datasets[task] for task in tasks),
             backbone=self.backbone,
         )
+
+    def _read(self, source: str | None) -> dict[str, Any]:
+        """What is read of a store; an encoder has layers of its own, and no timesteps."""
+        if source == "discriminative":
+            return {}
+        info = describe(self.shape or self.backbone)
+        return {
+            "layers": info.layers[self.every - 1 :: self.every],
+            "timesteps": info.timesteps,
+            "variants": (0,),
+        }
 
 
 def make_world(
@@ -159,6 +190,7 @@ def make_world(
             if name not in DATASETS:
                 raise ConfigError(f"{option} is for data sets, {', '.join(DATASETS)}; got {name!r}")
     TrainConfig(task="").override(settings or {})
+    width = max(8, describe(families[FLUX]).channels // SMALL_WIDTH // 8 * 8)
     return World(
         name=_name(chosen, families, limit=limit, quick=quick),
         datasets=chosen,
@@ -168,10 +200,11 @@ def make_world(
         seeds=tuple(seeds) if seeds else QUICK_SEEDS if quick else SEEDS,
         steps=steps,
         defaults={**(SMALL_DEFAULTS if small else PAPER_DEFAULTS), **(QUICK_DEFAULTS if quick else {})},
-        settings=dict(settings or {}),
+        settings={**({"aggregator.width": str(width)} if small else {}), **(settings or {})},
         limit=limit or (QUICK_LIMIT if quick else SMALL_LIMIT if small else None),
         roots=dict(roots or {}),
         prompts=dict(prompts or {}),
+        every=SMALL_EVERY if small else 1,
     )
 
 

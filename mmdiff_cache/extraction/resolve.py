@@ -36,7 +36,7 @@ def resolve(config: ExtractConfig) -> ExtractConfig:
     info = describe(name)
     there = tuple(entry.splits_in(config.data_root))
     splits = config.splits or there
-    _check_splits(splits, there, config.dataset)
+    _check_splits(splits, (*there, *entry.more_splits), config.dataset)
     info.check_layers(config.layers or ())
     resolution = config.resolution or entry.resolution or info.resolution
     rows, columns = info.token_grid(resolution)

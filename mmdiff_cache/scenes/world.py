@@ -10,7 +10,7 @@ from mmdiff_cache.errors import ConfigError
 T = TypeVar("T")
 
 WORLD_VERSION = 1
-SPLITS = ("train", "val", "test", "pretrain", "judge")
+SPLITS = ("train", "val", "test", "final", "pretrain", "judge")
 
 SHAPES = ("ball", "cylinder", "capsule", "box", "prism", "cone")
 COLOURS = ("red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink")

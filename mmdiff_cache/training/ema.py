@@ -5,6 +5,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from torch import nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from mmdiff_cache.config import EmaConfig
 
@@ -31,9 +32,8 @@ class Ema(Generic[ModelT]):
     @torch.no_grad()
     def update(self, model: ModelT) -> None:
         """Take one step towards the model's weights; buffers are copied."""
-        share = 1.0 - self.decay()
-        for shadow, weight in zip(self.model.parameters(), model.parameters(), strict=True):
-            shadow.lerp_(weight, share)
+        average = get_ema_multi_avg_fn(self.decay())
+        average(list(self.model.parameters()), list(model.parameters()), self.updates)
         for shadow, buffer in zip(self.model.buffers(), model.buffers(), strict=True):
             shadow.copy_(buffer)
         self.updates += 1

@@ -43,7 +43,7 @@ from mmdiff_cache.training.statistics import PictureStatistics, picture_statisti
 
 logger = logging.getLogger(__name__)
 
-SPLITS = ("test", "val")
+SPLITS = ("final", "test", "val")
 """Splits that are scored when none is named, the first that the store has."""
 
 
@@ -79,7 +79,7 @@ def evaluate(
     run = one_task(run, task)
     entry = aligning(find_task(run.config.task, run.config.label), align)
     opened = store_of(run, store)
-    way = Way(split=_pick_split(opened, split), weights=weights, align=align, flip=flip)
+    way = Way(split=pick_split(opened, split), weights=weights, align=align, flip=flip)
     dataset = open_dataset(run.config, opened, way.split)
     predictors = _predictors(run, entry, weights, Mirror(dataset, way.split) if flip else None)
     files = None if export is None else _export(run, export, dataset, entry, way)
@@ -220,12 +220,13 @@ def _trained_scores(run: Run, store: Store, split: str, task: Task) -> dict[str,
     return results
 
 
-def _pick_split(store: Store, split: str | None) -> str:
+def pick_split(store: Store, split: str | None) -> str:
+    """The split that was named, or the first of SPLITS that a store has. Raises ConfigError for none."""
     if split is None:
         split = next((name for name in SPLITS if name in store.splits), None)
         if split is None:
             raise ConfigError(
-                f"{store.path} has neither a test nor a val split; "
+                f"{store.path} has none of the splits {', '.join(SPLITS)}; "
                 f"name one of {', '.join(store.splits)} with --split"
             )
     if split not in store.splits:

@@ -30,7 +30,8 @@ def make_optimizer(
             decay = weight_decay if parameter.ndim >= 2 and not name.endswith("positions") else 0.0
             groups.setdefault((rate, decay), []).append(parameter)
     return AdamW(
-        [{"params": group, "lr": rate, "weight_decay": decay} for (rate, decay), group in groups.items()]
+        [{"params": group, "lr": rate, "weight_decay": decay} for (rate, decay), group in groups.items()],
+        fused=True,
     )
 
 

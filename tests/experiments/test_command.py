@@ -116,7 +116,7 @@ def test_tables_of_one_command_share_stores_and_a_page_of_claims(
     assert run(command) == 0
     stores = list(data.glob("scenes/*/manifest.json"))
     assert len(stores) == 1, "what both read is extracted once"
-    assert set(read_manifest(stores[0].parent).splits) == {"train", "test"}
+    assert set(read_manifest(stores[0].parent).splits) == {"train", "final"}
     page = (tmp_path / "out" / "claims.md").read_text()
     again = re.findall(r"`(mmdiff-cache table .*)`", page)
     assert len(again) == 2

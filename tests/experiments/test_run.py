@@ -64,11 +64,11 @@ def test_a_table_is_carried_out_once(plan: TablePlan, bar: Bar, tmp_path: Path) 
     assert "6 runs: 0 finished" in said
     four = result.find(FOUR, "depth")
     assert four is not None
-    assert (set(four.runs), four.scores["abs_rel"].seeds, four.split) == ({0, 1}, 2, "test")
+    assert (set(four.runs), four.scores["abs_rel"].seeds, four.split) == ({0, 1}, 2, "final")
     for seed, folder in four.runs.items():
         config = json.loads((folder / "config.json").read_text())
         assert (config["seed"], config["order_seed"]) == (seed, 0)
-    mean = sum(evaluate(folder, "test").scores["abs_rel"] for folder in four.runs.values()) / 2
+    mean = sum(evaluate(folder, "final").scores["abs_rel"] for folder in four.runs.values()) / 2
     assert four.scores["abs_rel"].mean == pytest.approx(mean, rel=1e-12)
 
     both = [result.find(BOTH, task) for task in ("segmentation", "depth")]
