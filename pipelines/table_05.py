@@ -6,13 +6,15 @@
 
 | row | layers | t | guidance |
 |---|---|---|---|
-| double-stream block | four double | 0.001 | none |
-| single-stream block | four single | 0.001 | none |
-| + cross-attention maps | four single | 0.001 | attention of image to text, averaged |
-| + concept attention | four single | 0.001 | concept maps |
-| multi-timestep + concept attention | four single | four | concept maps |
-| full model without aggregation | four single | four, side by side | concept maps, DINOv3 |
-| full model | four single | four | concept maps, DINOv3 |
+| double-stream block | double | 0.001 | none |
+| single-stream block | single | 0.001 | none |
+| + cross-attention maps | single | 0.001 | attention of image to text, averaged |
+| + concept attention | single | 0.001 | concept maps |
+| multi-timestep + concept attention | single | four | concept maps |
+| full model without aggregation | single | four, side by side | concept maps, DINOv3 |
+| full model | single | four | concept maps, DINOv3 |
+
+Four blocks of a kind at the same relative depths; in small the middle two of them.
 
 Disk and hours: `--dry-run`. What the paper leaves open stands in docs/paper-notes.md.
 """

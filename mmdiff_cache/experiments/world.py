@@ -31,9 +31,9 @@ SEEDS = (0, 1, 2)
 CLEAREST = (min(TIMESTEPS),)
 """The paper's "t = 0"."""
 PAPER_DEFAULTS: Mapping[str, Any] = {"precision": "bfloat16"}
-SMALL_EVERY = 2
-"""Of the four layers at the paper's relative depths every second. The paper reads every eleventh block; two
-of flux-scenes' twelve lie closer than that, and make a training half as long.
+SMALL_ENDS = 1
+"""Of the four layers at the paper's relative depths the middle two: the paper reads every eleventh block, and
+flux-scenes has twelve in all. Of two pairs these were better on held-out samples (docs/experiments.md).
 """
 SMALL_STEPS: Mapping[str, int] = {"segmentation": 1440, "saliency": 480, "depth": 720}
 SMALL_DEFAULTS: Mapping[str, Any] = {
@@ -76,8 +76,8 @@ class World:
     """Folders of the data sets' files, by data set."""
     prompts: Mapping[str, str] = field(default_factory=dict[str, str])
     """Rule of the prompts by data set; empty ones where there is none."""
-    every: int = 1
-    """Of the backbone's layers every n-th is read, the deepest among them."""
+    ends: int = 0
+    """Of the backbone's layers so many are left out at either end."""
     shape: str | None = None
     """Whose layers and timesteps are read; the backbone's own by default."""
 
@@ -108,7 +108,7 @@ class World:
         """Double-stream blocks at the relative depths of the paper's single-stream blocks {4, 15, 26, 37}."""
         count = describe(self.backbone).architecture.double_blocks
         found = same_depth(PAPER_SINGLE_LAYERS, PAPER_SINGLE_BLOCKS, count)
-        return tuple(f"double.{n}" for n in found)[self.every - 1 :: self.every]
+        return self._between(tuple(f"double.{n}" for n in found))
 
     @property
     def encoder_name(self) -> str:
@@ -148,13 +148,16 @@ class World:
             backbone=self.backbone,
         )
 
+    def _between(self, layers: tuple[str, ...]) -> tuple[str, ...]:
+        return layers[self.ends : len(layers) - self.ends]
+
     def _read(self, source: str | None) -> dict[str, Any]:
         """What is read of a store; an encoder has layers of its own, and no timesteps."""
         if source == "discriminative":
             return {}
         info = describe(self.shape or self.backbone)
         return {
-            "layers": info.layers[self.every - 1 :: self.every],
+            "layers": self._between(info.layers),
             "timesteps": info.timesteps,
             "variants": (0,),
         }
@@ -204,7 +207,7 @@ def make_world(
         limit=limit or (QUICK_LIMIT if quick else SMALL_LIMIT if small else None),
         roots=dict(roots or {}),
         prompts=dict(prompts or {}),
-        every=SMALL_EVERY if small else 1,
+        ends=SMALL_ENDS if small else 0,
     )
 
 
