@@ -39,10 +39,12 @@ SETTINGS: Mapping[str, Any] = {
     "distributed.scheduler.work-stealing": False,
     # else a worker that is away for 15 s, or a second time 15 s later, is given up: they take long to start
     "distributed.deploy.lost-worker-timeout": "30 days",
-    # dask would give its workers one thread; they have to round as this process does (remote.Job.where)
+    # dask would give its workers one thread, and they have to round as this process does (remote.Job.where);
+    # it would also make them give memory back at once, and a training took a third longer for asking again
     "distributed.nanny.pre-spawn-environ.OMP_NUM_THREADS": None,
     "distributed.nanny.pre-spawn-environ.MKL_NUM_THREADS": None,
     "distributed.nanny.pre-spawn-environ.OPENBLAS_NUM_THREADS": None,
+    "distributed.nanny.pre-spawn-environ.MALLOC_TRIM_THRESHOLD_": None,
 }
 
 
