@@ -30,7 +30,7 @@ def header(result: TableResult, task: str) -> list[str]:
     names = [
         " or ".join(dict.fromkeys(score_name(name, task, one) for one in data)) for name in METRICS[task]
     ]
-    return ["row", "seeds", *map(score_title, names), "parameters", f"held-out {names[0]}, last fifth"]
+    return ["row", "seeds", *map(score_title, names), "parameters", f"held-out {names[0]} (change in its last fifth)"]
 
 
 def cells(result: TableResult, task: str) -> list[list[str]]:
@@ -39,14 +39,13 @@ def cells(result: TableResult, task: str) -> list[list[str]]:
     for one in result.outcomes:
         if one.task == task:
             seeds = str(len(one.runs)) if one.scores else NOT_RUN
-            late = late_change(one.curve)
             lines.append(
                 [
                     one.row,
                     seeds,
                     *(_cell(one, metric) for metric in METRICS[task]),
                     NO_FIGURE if one.parameters is None else f"{one.parameters:,}",
-                    NO_FIGURE if late is None else f"{late:+.4f}",
+                    _held_out(one),
                 ]
             )
     return lines
@@ -82,8 +81,8 @@ def markdown(result: TableResult) -> str:
     """The whole table, with its notes and what was not run."""
     parts = [
         f"# {result.table.title}",
-        f"World: {result.world}. Means over seeds; the paper's figures in brackets. The last column tells by "
-        "how much the score on held-out training pictures still changed in the last fifth of the steps.",
+        f"World: {result.world}. Means over seeds; the paper's figures in brackets. The last column is the "
+        "score on held-out training pictures, and by how much it still changed in the last fifth of the steps.",
     ]
     for task in result.tasks:
         data = dict.fromkeys(one.dataset for one in result.outcomes if one.task == task)
@@ -186,6 +185,14 @@ def _cell(one: Outcome, metric: str) -> str:
     score, paper = one.scores.get(metric), one.paper.get(metric)
     ours = NO_FIGURE if score is None else str(score)
     return ours if paper is None else f"{ours} ({paper:g})"
+
+
+def _held_out(one: Outcome) -> str:
+    """The score that choices may be made by, and whether the steps were enough."""
+    if not one.curve:
+        return NO_FIGURE
+    score, late = f"{one.curve[-1][1]:.4f}", late_change(one.curve)
+    return score if late is None else f"{score} ({late:+.4f})"
 
 
 def _or_empty(value: float | None) -> float | str:

@@ -192,7 +192,7 @@ def _check_fit(writer: StoreWriter, differences: list[Difference]) -> None:
         )
     for difference in differences:
         if difference.part == "provenance":
-            logger.warning("%s was begun with another %s", root, difference)
+            logger.warning("%s was begun elsewhere or otherwise: %s", root, difference)
 
 
 def _can_finish(writer: StoreWriter, partition: Partition) -> bool:
