@@ -15,6 +15,7 @@ RECIPES := $(TABLES:%=pipelines/table_%.py) pipelines/tables_11_13.py
 EXPERIMENT_ARGS ?=
 # One process fills one core, not two: without a GPU as many go side by side as there are cores.
 WORKERS ?= $(if $(shell command -v nvidia-smi),,--workers $(shell nproc))
+# By the recipe of the bundled weights, which is the one for a CPU: that for a GPU takes more and larger steps.
 YOUNGER := data/backbones/flux-scenes-10 data/backbones/flux-scenes-30
 
 .PHONY: demo test check lint types imports bench experiments experiments-quick
@@ -51,13 +52,16 @@ imports: $(VENV)/.installed-dev
 check: lint types imports test
 
 data/backbones/flux-scenes-%: $(VENV)/.installed
-	$(BIN)/python pipelines/flux_scenes.py --work data/flux-work --share 0.$(if $(filter 10,$*),1,3)
+	$(BIN)/python pipelines/flux_scenes.py --work data/flux-work --device cpu --share 0.$(if $(filter 10,$*),1,3)
 
 experiments: $(VENV)/.installed $(YOUNGER)
 	$(BIN)/mmdiff-cache table $(RECIPES) --dataset scenes $(WORKERS) $(EXPERIMENT_ARGS)
 	$(BIN)/mmdiff-cache extract --config pipelines/concept_maps.py
 	$(BIN)/python pipelines/concept_maps.py data/scenes/flux-scenes-words --out runs/concept-maps
-	for task in segmentation depth; do $(BIN)/python pipelines/fusion_weights.py --task $$task --row "four timesteps" \
+	for age in random 10 30; do $(BIN)/mmdiff-cache extract --config pipelines/concept_maps.py \
+		--backbone data/backbones/flux-scenes-$$age --store data/scenes/flux-scenes-$$age-words && \
+		$(BIN)/python pipelines/concept_maps.py data/scenes/flux-scenes-$$age-words --out runs/concept-maps-$$age || exit; done
+	for task in segmentation saliency depth; do $(BIN)/python pipelines/fusion_weights.py --task $$task --row "four timesteps" \
 		--table runs/tables-scenes-flux-scenes/table-timesteps/results.json --out runs/fusion-weights/$$task || exit; done
 
 # Whether all of it runs: a few steps on a few scenes, without the younger backbones.

@@ -9,6 +9,7 @@ import unicodedata
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -28,6 +29,12 @@ PIPE_WIDTH = 160
 
 SECONDS_BETWEEN_LINES = 60.0
 """Of progress that goes into a file or a pipe."""
+
+TRAIN = "train"
+"""The split that is trained on."""
+
+TASK_OF_KIND = {"classes": "segmentation", "mask": "saliency", "depth": "depth"}
+"""What a label set of a kind is trained as."""
 
 out = Console(highlight=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)
 err = Console(stderr=True, highlight=False)
@@ -69,6 +76,13 @@ def warn(message: str) -> None:
 def next_command(*words: str) -> None:
     """Close a command with the line to type next."""
     out.print(f"\n[dim]next:[/]  [bold]{safe(shlex.join(words))}[/]", soft_wrap=True)
+
+
+def next_training(label: str, kind: str, store: Path) -> None:
+    """The same, for a training on a label set of a store."""
+    task = TASK_OF_KIND[kind]
+    chosen = [] if label == task else ["--set", f"label={label}"]
+    next_command("mmdiff-cache", "train", "--task", task, *chosen, "--store", str(store))
 
 
 def print_json(value: Any) -> None:

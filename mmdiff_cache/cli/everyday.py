@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mmdiff_cache.cli.configuration import compose, parse_list, parse_numbers, parse_vocabularies
-from mmdiff_cache.cli.console import next_command, print_json, progress_bar, say, warn
+from mmdiff_cache.cli.console import TRAIN, next_command, next_training, print_json, progress_bar, say, warn
 from mmdiff_cache.config import ExtractConfig, TrainConfig
 from mmdiff_cache.errors import ConfigError
 
@@ -50,7 +50,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder of everything the demo writes.")] = Path("demo"),
     limit: Annotated[
         int | None,
-        typer.Option(metavar="N", help="Samples of each split; fewer are quicker and score worse."),
+        typer.Option(metavar="N", min=1, help="Samples of each split; fewer are quicker and score worse."),
     ] = None,
     backbone: Annotated[str | None, typer.Option(help="Another backbone than the bundled one.")] = None,
 ) -> None:
@@ -195,9 +195,10 @@ def _carry_out(
     say(f"\n{written}")
     if profile:
         say(f"\n{spent}")
-    labels = written[written.splits[0]].label_specs
+    labels = written[TRAIN].label_specs.values() if TRAIN in written.splits else ()
     if labels:
-        next_command("mmdiff-cache", "train", "--task", sorted(labels)[0], "--store", str(written.path))
+        label = min(labels, key=lambda spec: spec.name)
+        next_training(label.name, label.kind, written.path)
     else:
         next_command("mmdiff-cache", "inspect", str(written.path))
     if written.samples_failed:
@@ -258,7 +259,7 @@ def train(
 def evaluate(
     run: RunFolder,
     split: Annotated[
-        str | None, typer.Option(help="Split to score; test where there is one, else val.")
+        str | None, typer.Option(help="Split to score; the first of final, test and val that there is.")
     ] = None,
     weights: Annotated[str, typer.Option(help="ema, raw or best.")] = "ema",
     align: Annotated[

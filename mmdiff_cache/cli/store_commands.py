@@ -8,7 +8,7 @@ from typing import Annotated, get_args
 import typer
 
 from mmdiff_cache.cli.configuration import parse_list, parse_numbers
-from mmdiff_cache.cli.console import next_command, print_json, progress_bar, say
+from mmdiff_cache.cli.console import next_command, next_training, print_json, progress_bar, say
 from mmdiff_cache.cli.everyday import SOME_FAILED, AsJson, DryRun, Layers, Limit, Timesteps
 from mmdiff_cache.config import Codec
 from mmdiff_cache.errors import ConfigError
@@ -119,7 +119,6 @@ def add(
     with progress_bar("labels") as advance:
         added = add_labels(store, LabelFolder(root=folder, spec=spec, scale=scale), advance)
     say(str(added))
-    task = {"classes": "segmentation", "mask": "saliency", "depth": "depth"}[spec.kind]
-    next_command("mmdiff-cache", "train", "--task", task, "--set", f"label={name}", "--store", str(store))
+    next_training(name, spec.kind, store)
     if added.unusable:
         raise typer.Exit(SOME_FAILED)

@@ -8,7 +8,7 @@ from typing import Any, Protocol, Self
 
 from rich.table import Table
 
-from mmdiff_cache.cli.console import next_command, out, print_json, safe, say
+from mmdiff_cache.cli.console import TRAIN, next_command, next_training, out, print_json, safe, say
 from mmdiff_cache.config import data_folder
 from mmdiff_cache.store.reader import open_store
 from mmdiff_cache.store.summary import (
@@ -62,8 +62,9 @@ def show_store(path: Path, *, as_json: bool) -> None:
         _print("features, before the cast to float16", _maps(summary.maps))
     if summary.labels:
         _print("labels", _labels(summary.labels))
-    if summary.labels and any(states.done for states in summary.splits.values()):
-        next_command("mmdiff-cache", "train", "--task", "depth", "--store", str(path))
+    if TRAIN in store.splits and summary.splits[TRAIN].done and summary.labels:
+        label = min(store[TRAIN].label_specs.values(), key=lambda spec: spec.name)
+        next_training(label.name, label.kind, path)
     return None
 
 

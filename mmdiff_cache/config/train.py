@@ -34,6 +34,8 @@ class AggregatorConfig(Config):
     cbam: Literal["after_skip", "before_skip"] | None = None
     weights_on: Literal["transformed", "projected"] | None = None
     """What the per-pixel weights multiply: the transformer's outputs or the projected features."""
+    weighing: Literal["learned", "equal"] = "learned"
+    """A control: `equal` gives every timestep the same weight at every token, and leaves all else."""
     checkpointing: bool = False
     """Keep less memory in training: each layer's aggregator is computed a second time for its gradients."""
 

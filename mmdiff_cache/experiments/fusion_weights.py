@@ -166,6 +166,8 @@ def open_weighed(
 def _weighing(run: Run, dataset: CachedFeatureDataset) -> tuple[MMDiff | OneTask, tuple[float, ...]]:
     """The model, and t of each map that it weighs; ConfigError where it does not weigh them."""
     kind = run.config.aggregator.kind
+    if run.config.aggregator.weighing == "equal":
+        raise ConfigError(f"{run.path} gives every timestep the same weight; give a run that learned them")
     if kind != WEIGHING:
         raise ConfigError(
             f"{run.path} fuses by aggregator.kind {kind}, whose weights, if any, are the same at every "

@@ -64,9 +64,9 @@ def needs_of(training: Training, world: World) -> tuple[Need, ...]:
         words = config.concepts or (VOCABULARY if several else find_task(task).vocabulary)
         if words not in (NO_CONCEPTS, CROSS_ATTENTION, *PRESETS):
             raise ConfigError(f"concepts {words!r} are not known; there are {', '.join(PRESETS)}")
-        # other sources are stored with any features: the least of them
-        layers = config.layers or info.layers if of_backbone else info.layers[-1:]
-        timesteps = config.timesteps or info.timesteps if of_backbone else CLEAREST
+        # other sources are stored with any features: those that a training names, else the least of them
+        layers = config.layers or (info.layers if of_backbone else info.layers[-1:])
+        timesteps = config.timesteps or (info.timesteps if of_backbone else CLEAREST)
         info.check_layers(layers)
         needs.append(
             Need(

@@ -28,6 +28,9 @@ def write_page(folder: Path) -> Path:
         "recipe before the run. Confirmed: the 95 % interval of the paired bootstrap over test pictures lies "
         "above zero in every seed; refuted: below zero in every seed; else open. A gain is positive where "
         "the claim holds, whichever way the score runs; the paper's are on its own data.",
+        "An interval holds what other test pictures would change. Seeds differ in initial weights and "
+        "dropout, not in the pictures that are trained on or in their order; among so many claims a few "
+        "verdicts are chance.",
         ", ".join(f"{count} {name}" for name, count in verdicts.most_common()) + ".",
         *(_section(values) for values in tables),
     ]

@@ -1,5 +1,6 @@
 """What a table is going to do: which stores, which trainings, and which rows cannot be run and why."""
 
+import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -236,8 +237,13 @@ def _look(
 
 def _part_name(name: str, chosen: Sequence[str]) -> str:
     """The folder of a table, or of a part of it."""
-    words = [re.sub(r"[^A-Za-z0-9]+", "-", text).strip("-") for text in chosen]
-    return "-".join([name, *words])[:NAME_LENGTH]
+    words = "-".join([name, *(re.sub(r"[^A-Za-z0-9]+", "-", text).strip("-") for text in chosen)])
+    if len(words) <= NAME_LENGTH:
+        return words
+    code = hashlib.sha256("\n".join(chosen).encode()).hexdigest()[
+        :8
+    ]  # what is cut off may be all that differs
+    return f"{words[: NAME_LENGTH - len(code) - 1]}-{code}"
 
 
 def _plan_stores(needs: tuple[Need, ...], world: World) -> tuple[tuple[PlannedStore, ...], dict[Need, str]]:

@@ -30,7 +30,8 @@ def header(result: TableResult, task: str) -> list[str]:
     names = [
         " or ".join(dict.fromkeys(score_name(name, task, one) for one in data)) for name in METRICS[task]
     ]
-    return ["row", "seeds", *map(score_title, names), "parameters", f"held-out {names[0]} (change in its last fifth)"]
+    held_out = f"held-out {names[0]} (change in its last fifth)"
+    return ["row", "seeds", *map(score_title, names), "parameters", held_out]
 
 
 def cells(result: TableResult, task: str) -> list[list[str]]:
@@ -82,7 +83,7 @@ def markdown(result: TableResult) -> str:
     parts = [
         f"# {result.table.title}",
         f"World: {result.world}. Means over seeds; the paper's figures in brackets. The last column is the "
-        "score on held-out training pictures, and by how much it still changed in the last fifth of the steps.",
+        "score on held-out training pictures, and by how much it changed in the last fifth of the steps.",
     ]
     for task in result.tasks:
         data = dict.fromkeys(one.dataset for one in result.outcomes if one.task == task)

@@ -117,16 +117,22 @@ class Table:
         return tuple(task for task in METRICS if any(row.training(task) for row in self.rows))
 
     def only(self, names: Sequence[str]) -> "Table":
-        """The rows whose name has one of these texts in it, and the claims between them.
+        """The rows of these names, or whose name has the text in it where none is called so, and the claims
+        between them.
 
         Raises ConfigError for a text that no row has.
         """
+        called = {row.name for row in self.rows}
         for name in names:
             if not any(name in row.name for row in self.rows):
                 raise ConfigError(
                     f"no row has {name!r} in its name; there are {', '.join(row.name for row in self.rows)}"
                 )
-        rows = tuple(row for row in self.rows if any(name in row.name for name in names))
+        rows = tuple(
+            row
+            for row in self.rows
+            if any(name == row.name if name in called else name in row.name for name in names)
+        )
         kept = {row.name for row in rows}
         about = tuple(claim for claim in self.claims if {claim.better, claim.worse} <= kept)
         return replace(self, rows=rows, claims=about)

@@ -21,6 +21,7 @@ from mmdiff_cache.flux_scenes.sample import draw
 from mmdiff_cache.flux_scenes.verdict import (
     ATTRIBUTES,
     Content,
+    chance,
     claimed,
     contents,
     has_held_out_pair,
@@ -87,6 +88,7 @@ def evaluate_adherence(
     if held_out:
         picked = {name: [found[n] for n in held_out if n < len(found)] for name, found in shown.items()}
         report["held-out combinations"] = _scores([claims[n] for n in held_out], picked)
+    report["chance"] = _rounded(chance(claims[: len(asked)]))
     real = report["all"]["real"]
     report["judge passes"] = {name: real[name] >= REAL_BAR for name in (*ATTRIBUTES, "colours")}
     return report

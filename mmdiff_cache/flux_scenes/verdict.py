@@ -142,6 +142,12 @@ def headline(
     }
 
 
-def shift(claims: Sequence[Content]) -> list[Content]:
-    """Every claim moved to the next picture: the shuffled prompts."""
-    return [*claims[1:], claims[0]]
+def shift(claims: Sequence[Content], places: int = 1) -> list[Content]:
+    """Every claim moved on by so many pictures: the shuffled prompts."""
+    return [*claims[places:], *claims[:places]]
+
+
+def chance(claims: Sequence[Content]) -> dict[str, float]:
+    """What a faultless picture of another claim scores, over all shuffles: where a judge should be then."""
+    found = [score(shift(claims, places), claims) for places in range(1, len(claims))]
+    return {name: sum(one[name] for one in found) / len(found) for name in found[0]}

@@ -172,9 +172,10 @@ class TokenAggregator(Aggregator):
             dropout=config.dropout,
             layer_scale=config.layer_scale,
         )
-        self.weight_head = nn.Linear(width, 1)
-        nn.init.normal_(self.weight_head.weight, std=HEAD_STD)
-        nn.init.zeros_(self.weight_head.bias)
+        self.weight_head = nn.Linear(width, 1) if config.weighing == "learned" else None
+        if self.weight_head is not None:
+            nn.init.normal_(self.weight_head.weight, std=HEAD_STD)
+            nn.init.zeros_(self.weight_head.bias)
         gated = config.skip == "gated"
         self.gate = nn.Parameter(torch.tensor(GATE_INIT)) if gated else None
         self.skip_projection = nn.Linear(width, width) if gated else None
@@ -185,7 +186,7 @@ class TokenAggregator(Aggregator):
         timesteps = self.projections(features)
         projected = torch.stack(timesteps)
         transformed = self.transformer(projected)
-        weights = functional.softmax(self.weight_head(transformed).float(), dim=0)
+        weights = self._weigh(transformed)
         values = transformed if self.config.weights_on == "transformed" else projected
         fused, skip = (weights * values).sum(dim=0), self._skip(timesteps[self.cleanest])
         if self.config.cbam == "after_skip":
@@ -196,6 +197,11 @@ class TokenAggregator(Aggregator):
         return Aggregation(
             fused=refined, weights=weights.squeeze(-1).unflatten(1, (batch, rows, columns)).transpose(0, 1)
         )
+
+    def _weigh(self, transformed: Float[Tensor, "T M D"]) -> Float[Tensor, "T M 1"]:
+        if self.weight_head is None:
+            return transformed.new_full((*transformed.shape[:2], 1), 1 / len(transformed))
+        return functional.softmax(self.weight_head(transformed).float(), dim=0)
 
     def _skip(self, cleanest: Float[Tensor, "M D"]) -> Float[Tensor, "M D"]:
         if self.gate is None or self.skip_projection is None:

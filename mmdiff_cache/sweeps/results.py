@@ -14,6 +14,7 @@ from mmdiff_cache.training import checkpoint
 from mmdiff_cache.training.build import build_model, spec_from_json
 from mmdiff_cache.training.checkpoint import EMA, LAST
 from mmdiff_cache.training.folder import read_metrics
+from mmdiff_cache.training.protocol import features_in_words
 from mmdiff_cache.training.run import Run, load_run
 
 T = TypeVar("T")
@@ -131,7 +132,10 @@ def _by_place(run: Run) -> dict[str, _Scored]:
     if EMA in run.scores:
         found[HELD_OUT] = _Scored(scores=numbers(run.scores[EMA]), protocol=HELD_OUT_PROTOCOL)
     for values in _files(run):
-        about = f"{run.config.task} on {run.origin['dataset']} {values['split']}"
+        about = (
+            f"{run.config.task} on {run.origin['dataset']} {values['split']}, "
+            f"{features_in_words(run.origin['backbone'], run.origin['prompts'])}"
+        )
         found[str(values["split"])] = _Scored(
             scores=numbers(values["scores"]), protocol=f"{about}: {values['protocol']}"
         )

@@ -52,9 +52,9 @@ def sweep(
 
     Every run ends with the checkpoint that it would have alone. `workers` and `scheduler` are as those of
     `extract`; by default there is a worker for each visible GPU if there are several. `memory` bounds the
-    bytes of the trainings that go side by side. `evaluate` scores the test split (or else val) in one pass.
-    A run that fails stops no other. Raises ConfigError for no configurations, ClusterError for a cluster
-    that cannot be had or is lost.
+    bytes of the trainings that go side by side. `evaluate` scores the split that `evaluate` takes, in one
+    pass. A run that fails stops no other. Raises ConfigError for no configurations, ClusterError for a
+    cluster that cannot be had or is lost.
     """
     if isinstance(configs, SweepPlan):
         plan = configs

@@ -60,7 +60,7 @@ def evaluate(
     task: str | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
-    """Score a run on a split: by default `test` if the store has it, else `val`; batches are streamed.
+    """Score a run on a split, by default the first of SPLITS that the store has; batches are streamed.
 
     Weights are `ema` (the average at the last step, the default), `raw` or `best`; averaged and raw are both
     scored. The baselines that are trainings of their own are shown once they are trained;
@@ -92,13 +92,15 @@ def evaluate(
     if files is not None:
         files.finish()
     scores = {name: found[name].overall for name in found}
+    trained = _trained_scores(run, opened, way.split, entry)
     result = dataclasses.replace(
         _evaluation(run, dataset, entry, way, found[weights]),
         other_weights={name: scores[name] for name in predictors if name != weights},
         baselines={
             **{name: scores[name] for name in simple},
-            **_trained_scores(run, opened, way.split, entry),
+            **trained,
         },
+        untrained=tuple(name for name in trained_for(run.config) if name not in trained),
         export=None if export is None else str(export),
     )
     statistics = picture_statistics(

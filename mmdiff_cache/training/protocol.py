@@ -18,6 +18,16 @@ _SIZES = {
 }
 
 
+ORACLE = "oracle"
+"""Prompts that name the objects."""
+
+
+def features_in_words(backbone: str, prompts: str) -> str:
+    """What every table of scores says of the features."""
+    bound = " (the prompts name the objects: an upper bound)" if prompts == ORACLE else ""
+    return f"features of {backbone}, prompts {prompts}{bound}"
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Way:
     """What of a run is scored, and how."""

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from mmdiff_cache.tasks import SUBSETS
+from mmdiff_cache.training.protocol import features_in_words
 
-ORACLE = "oracle"
-"""Rule of the prompts that name the objects of the picture."""
 LINE = 80
 """Characters of a line of classes; more of them go below."""
 
@@ -49,6 +48,8 @@ class Evaluation:
     """Whether the run's outputs are means with those of the mirrored picture."""
     export: str | None = None
     """Where the predictions were written, if they were."""
+    untrained: tuple[str, ...] = ()
+    """Baselines that are trainings of their own and not made yet."""
     ending: str = "finished"
     """How far the training came: `finished`, or where and why it went no further."""
 
@@ -70,7 +71,6 @@ class Evaluation:
 
 def _lines(result: Evaluation) -> list[str]:
     """The printed form: what was scored, the table, the classes, the protocol."""
-    bound = " (the prompts name the objects: an upper bound)" if result.prompts == ORACLE else ""
     features = "" if result.source == "hidden_states" else f", source {result.source}"
     columns = [key for key in _columns(result)]
     order = "higher" if result.higher_is_better else "lower"
@@ -83,11 +83,13 @@ def _lines(result: Evaluation) -> list[str]:
     lines = [
         f"{result.task} on {result.data_set} {result.split}: {result.headline} "
         f"{_number(_value(result.scores, result.headline))} ({order} is better)",
-        f"features of {result.backbone}, prompts {result.prompts}{bound}{features}, {result.step} steps"
+        f"{features_in_words(result.backbone, result.prompts)}{features}, {result.step} steps"
         + ("" if result.ending == "finished" else f" ({result.ending})"),
         "",
         *_aligned(rows),
     ]
+    if result.untrained:
+        lines += ["", f"not trained yet: {'; '.join(result.untrained)} (--train-baselines)"]
     iou = result.scores.get("iou")
     if iou:
         lines += ["", "IoU by class", *_wrapped(iou)]

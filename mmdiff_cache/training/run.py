@@ -40,6 +40,7 @@ from mmdiff_cache.training.folder import (
 )
 from mmdiff_cache.training.loop import Reading, run_loop
 from mmdiff_cache.training.plan import TrainingPlan, plan
+from mmdiff_cache.training.protocol import features_in_words
 from mmdiff_cache.training.random_state import own_random_state
 from mmdiff_cache.training.resolve import guidance_identity, pick_device
 from mmdiff_cache.training.trainer import Share, Trainer, has_waited, waited_for
@@ -124,7 +125,8 @@ class Run:
 def _lines(run: Run) -> str:
     """A run of one task, without its folder."""
     lines = [
-        f"  {run.config.task} on {run.origin['dataset']}, features of {run.origin['backbone']}, "
+        f"  {run.config.task} on {run.origin['dataset']}, "
+        f"{features_in_words(run.origin['backbone'], run.origin['prompts'])}, "
         f"{filled(run.config.steps)} steps of {run.config.batch_size}, {run.ending}"
     ]
     for weights, scores in run.scores.items():

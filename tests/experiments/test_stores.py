@@ -64,6 +64,8 @@ def test_a_training_says_what_it_reads(small: World) -> None:
         small,
     )
     assert alone.maps == 1, "an encoder needs features beside it, the least of them"
+    (latents,) = needs_of(small.training("depth", source="latents", concepts="none"), small)
+    assert needs_of(small.training("depth"), small)[0].holds(latents), "what its configuration names"
     same = needs_of(small.training("depth", aggregator=AggregatorConfig(kind="mean")), small)
     assert same == needs_of(small.training("depth"), small)
 

@@ -52,6 +52,13 @@ def test_a_part_of_a_table_keeps_the_claims_between_its_rows() -> None:
         whole.only(["five"])
 
 
+def test_a_row_is_called_by_its_whole_name_without_those_that_contain_it() -> None:
+    rows = (row("four t", "depth"), row("four t, equal weights", "depth"), row("latent", "depth"))
+    whole = Table(title="t", rows=rows, claims=())
+    assert [one.name for one in whole.only(["four t"]).rows] == ["four t"]
+    assert [one.name for one in whole.only(["four"]).rows] == ["four t", "four t, equal weights"]
+
+
 def test_figures_are_in_the_papers_order() -> None:
     found = figures(0.7890, 0.918, 0.929, 0.020, 0.118, 0.370, 0.951, 0.976, 0.983)
     assert found["segmentation"] == {"miou": 0.7890}

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
@@ -21,6 +22,7 @@ from mmdiff_cache.flux_scenes.judge import (
 from mmdiff_cache.flux_scenes.sample import nearest, sheet
 from mmdiff_cache.flux_scenes.verdict import (
     Content,
+    chance,
     claimed,
     contents,
     find_objects,
@@ -81,9 +83,19 @@ def test_scores_count_pairs_pictures_and_precision() -> None:
     assert found["precision"] == 0.5
     assert found["colours"] == 0.25
     assert found["mean"] == 0.4375
-    perfect, chance = score([wanted], [wanted]), dict.fromkeys(found, 0.0)
-    assert headline(perfect, chance, perfect)["pairs"] == 1.0
+    perfect, nothing = score([wanted], [wanted]), dict.fromkeys(found, 0.0)
+    assert headline(perfect, nothing, perfect)["pairs"] == 1.0
     assert shift([wanted, half, none]) == [half, none, wanted]
+
+
+def test_chance_is_what_other_claims_have_in_common() -> None:
+    """Of six pairs of unlike claims two share the ground, two the time, two an object count of two."""
+    one = Content(pairs=(("red", "ball"), ("blue", "box")), ground="sand", time="day")
+    other = Content(pairs=(("red", "ball"), ("pink", "box")), ground="sand", time="night")
+    third = Content(pairs=(("green", "cone"),), ground="snow", time="day")
+    found = chance([one, other, third])
+    assert found["ground"] == found["time"] == found["count"] == pytest.approx(1 / 3)
+    assert found["pairs"] == pytest.approx(2 / 10)
 
 
 def test_claims_come_from_the_scene_and_colours_only_where_they_are_certain() -> None:

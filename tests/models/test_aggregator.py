@@ -248,6 +248,19 @@ def test_gradient_reaches_every_parameter(preset: str) -> None:
     assert without in ([], ["weight_head.bias"])
 
 
+def test_equal_weights_leave_all_else_as_it_is() -> None:
+    model = build(dataclasses.replace(SMALL, weighing="equal"))
+    learned, features = build(), random_features()
+    kept = {name: p for name, p in learned.state_dict().items() if not name.startswith("weight_head")}
+    model.load_state_dict(kept)
+    found = model.aggregate(features).weights
+    torch.testing.assert_close(found, torch.full((B, T, H, W), 1 / T))
+    with torch.no_grad():
+        assert learned.weight_head is not None
+        learned.weight_head.weight.zero_()
+    torch.testing.assert_close(model(features), learned(features))
+
+
 def test_starts_as_the_mean_over_timesteps_of_what_was_projected() -> None:
     """LayerScale makes the fresh transformer the identity, and the weights start nearly equal (App. F)."""
     torch.manual_seed(0)

@@ -22,6 +22,10 @@ DIFFERS = {
     (recipe.WITHOUT, recipe.SINGLE): {"timesteps"},
     (recipe.WITHOUT, recipe.DRAWS): {"timesteps", "variants", "variant_use"},
     (recipe.WITHOUT, recipe.REPEATED): {"timesteps"},
+    (recipe.WITHOUT, recipe.EQUAL): {"aggregator"},
+    (recipe.DRAWS, recipe.SINGLE): {"variants", "variant_use"},
+    (recipe.REPEATED, recipe.SINGLE): {"timesteps"},
+    (recipe.SINGLE, recipe.LATENT): {"source", "timesteps"},
     (recipe.WITHOUT, recipe.MEAN): {"aggregator"},
     (recipe.WITHOUT, recipe.CONCAT): {"aggregator"},
     (recipe.WITH, recipe.WITHOUT): {"concepts"},
@@ -73,7 +77,7 @@ def test_at_full_size_it_can_be_planned(tmp_path: Path) -> None:
     world = make_world()
     plan = plan_table(recipe.table(world), world, tmp_path, "controls")
     assert "flux-dev" in str(plan)
-    assert len(plan.table.rows) == 13
+    assert len(plan.table.rows) == 14
 
 
 def quiet(_: str) -> AbstractContextManager[Progress]:
