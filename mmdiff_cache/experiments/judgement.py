@@ -31,6 +31,8 @@ class Judgement:
             "task": self.claim.task,
             "metric": self.claim.metric,
             "source": self.claim.source,
+            "claim": str(self.claim),
+            "rows": list(self.claim.rows),
             "verdict": self.verdict,
             "paper": self.paper,
             "reason": self.reason,
@@ -46,19 +48,27 @@ SEEDS = 3
 
 
 def judge(claim: Claim, outcomes: Sequence[Outcome], draws: int = DRAWS) -> Judgement:
-    """Compare both rows of a claim seed by seed; a seed that one of them lacks leaves the claim open."""
+    """Compare the rows of a claim seed by seed; a seed that one of them lacks leaves the claim open."""
     on_task = {one.row: one for one in outcomes if one.task == claim.task}
-    better, worse = on_task[claim.better], on_task[claim.worse]
+    rows = [on_task[name] for name in claim.rows]
+    better, worse = rows[:2]
     found: dict[int, Difference] = {}
-    reasons = [row.reason for row in (better, worse) if row.reason is not None]
-    for seed in sorted({*better.runs, *worse.runs}):
-        if seed not in better.runs or seed not in worse.runs:
-            reasons.append(f"only one of the rows has seed {seed}")
+    reasons = [row.reason for row in rows if row.reason is not None]
+    for seed in sorted({seed for row in rows for seed in row.runs}):
+        if not all(seed in row.runs for row in rows):
+            reasons.append(f"only {'one' if len(rows) == 2 else 'some'} of the rows has seed {seed}")
             continue
         name = score_name(claim.metric, claim.task, better.dataset)
+        one, other, *beyond = (row.runs[seed] for row in rows)
         try:
             found[seed] = paired_difference(
-                better.runs[seed], worse.runs[seed], claim.task, name, draws, split=better.split or "test"
+                one,
+                other,
+                claim.task,
+                name,
+                draws,
+                beyond=(beyond[0], beyond[1]) if beyond else None,
+                split=better.split or "test",
             )
         except MMDiffError as error:
             reasons.append(str(error).splitlines()[0])
@@ -68,7 +78,7 @@ def judge(claim: Claim, outcomes: Sequence[Outcome], draws: int = DRAWS) -> Judg
         claim=claim,
         differences=found,
         verdict="open" if reasons else verdict(list(found.values())),
-        paper=_paper_gain(claim, better, worse),
+        paper=None if claim.beyond else _paper_gain(claim, better, worse),
         reason=reasons[0] if reasons else None,
     )
 

@@ -54,11 +54,11 @@ def _section(values: Mapping[str, Any]) -> str:
     """One table's claims."""
     lines: list[list[str]] = []
     for claim in values["claims"]:
-        asked = ["--row", claim["better"], "--row", claim["worse"], "--task", claim["task"]]
+        asked = [word for row in claim["rows"] for word in ("--row", row)] + ["--task", claim["task"]]
         paper, gains = claim["paper"], claim["differences"].values()
         lines.append(
             [
-                f"{claim['better']} > {claim['worse']} ({claim['source']})",
+                claim["claim"],
                 f"{claim['task']} {score_title(claim['metric'])}",
                 "-" if paper is None else f"{paper:+.3f}",
                 "\n".join(str(Difference(**gain)) for gain in gains) or claim["reason"],

@@ -61,7 +61,7 @@ def claim_cells(result: TableResult) -> list[list[str]]:
     """A line a claim: what its first row gains over the second (+ is better) by seed, and the verdict."""
     return [
         [
-            f"{one.claim.better} > {one.claim.worse} ({one.claim.source})",
+            str(one.claim),
             f"{one.claim.task} {score_title(one.claim.metric)}",
             NO_FIGURE if one.paper is None else f"{one.paper:+.3f}",
             "\n".join(map(str, one.differences.values())) or NO_FIGURE,

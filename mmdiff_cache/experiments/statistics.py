@@ -54,25 +54,32 @@ def paired_difference(
     draws: int = DRAWS,
     seed: int = 0,
     *,
+    beyond: tuple[str | Path, str | Path] | None = None,
     split: str = "test",
     weights: str = EMA,
 ) -> Difference:
     """What the run that is claimed to be better gains over the other, with its 95 % interval.
 
-    Both are folders of runs that were scored on the split; `metric` is a score by its name in an evaluation,
-    such as `miou_shapes` or `iou.ball`. Raises ConfigError for a run that was not scored, for runs that were
-    not scored on the same pictures in the same way, and for a score that there is not; DataError where it has
-    no value.
+    With `beyond`, a better and a worse run too, by how much that gain is larger than theirs. All are folders
+    of runs that were scored on the split; `metric` is a score by its name in an evaluation, such as
+    `miou_shapes` or `iou.ball`. Raises ConfigError for a run that was not scored, for runs that were not
+    scored on the same pictures in the same way, and for a score that there is not; DataError where it has no
+    value.
     """
     way = Way(split=split, weights=weights, align="none", flip=False)
-    one, other = (read_statistics(run, task, way) for run in (better, worse))
-    check_comparable(one, other)
-    known = one.about.scores
+    runs = (better, worse) if beyond is None else (better, worse, *reversed(beyond))
+    first, *others = (read_statistics(run, task, way) for run in runs)
+    for other in others:
+        check_comparable(first, other)
+    known = first.about.scores
     if metric not in known:
         raise ConfigError(f"{task} has no score {metric!r}; there are {', '.join(known)}")
-    measure = one.about.metric()
-    found = difference(
-        one.values, other.values, lambda sums: measure.scores_of(sums)[metric], draws=draws, seed=seed
+    measure = first.about.metric()
+    found = contrast(
+        [first.values, *(other.values for other in others)],
+        lambda sums: measure.scores_of(sums)[metric],
+        draws=draws,
+        seed=seed,
     )
     return reversed_sign(found) if metric in LOWER_IS_BETTER else found
 
@@ -85,16 +92,28 @@ def difference(
     draws: int = DRAWS,
     seed: int = 0,
 ) -> Difference:
-    """The score of one minus that of the other, over the same n pictures in the same order.
+    """The score of one minus that of the other, over the same n pictures in the same order (`contrast`)."""
+    return contrast([one, other], score, draws=draws, seed=seed)
+
+
+def contrast(
+    runs: Sequence[Float64[np.ndarray, "n K"]], score: Score, *, draws: int = DRAWS, seed: int = 0
+) -> Difference:
+    """Scores of runs, over the same n pictures in the same order, with the signs + - + - of their places.
 
     Draws in which a score has no value (none of the pictures shows its classes) are left out. Raises
     DataError where all pictures together give none.
     """
-    estimate = (score(one.sum(axis=0)[None]) - score(other.sum(axis=0)[None])).item()
+    signs = (1 - 2 * (number % 2) for number in range(len(runs)))
+    signed = list(zip(signs, runs, strict=False))
+    estimate = sum(sign * score(run.sum(axis=0)[None]).item() for sign, run in signed)
     if np.isnan(estimate):
         raise DataError("a difference needs a score that has a value; no test picture shows what it is of")
     found = np.concatenate(
-        [score(times @ one) - score(times @ other) for times in _drawn(len(one), draws, seed)]
+        [
+            np.sum([sign * score(times @ run) for sign, run in signed], axis=0)
+            for times in _drawn(len(runs[0]), draws, seed)
+        ]
     )
     tail = (1 - CONFIDENCE) / 2
     low, high = np.nanquantile(found, [tail, 1 - tail])

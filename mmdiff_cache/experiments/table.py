@@ -79,6 +79,17 @@ class Claim:
     metric: str
     source: str
     """Where the paper says so; `ours` for a claim that it does not make."""
+    beyond: tuple[str, str] | None = None
+    """Names of a better and a worse row: the claim is then that the gain is larger than theirs."""
+
+    @property
+    def rows(self) -> tuple[str, ...]:
+        """Names of all rows that it is about."""
+        return (self.better, self.worse, *(self.beyond or ()))
+
+    def __str__(self) -> str:
+        more = "" if self.beyond is None else f", by more than {' > '.join(self.beyond)}"
+        return f"{self.better} > {self.worse}{more} ({self.source})"
 
 
 def figures(*values: float) -> Figures:
@@ -134,13 +145,13 @@ class Table:
             if any(name == row.name if name in called else name in row.name for name in names)
         )
         kept = {row.name for row in rows}
-        about = tuple(claim for claim in self.claims if {claim.better, claim.worse} <= kept)
+        about = tuple(claim for claim in self.claims if set(claim.rows) <= kept)
         return replace(self, rows=rows, claims=about)
 
 
 def _check_claim(claim: Claim, rows: Mapping[str, Row]) -> None:
     """Raise ConfigError for a claim about what the table does not have."""
-    for name in (claim.better, claim.worse):
+    for name in claim.rows:
         if name not in rows:
             raise ConfigError(f"a claim is about row {name!r}, but there are {', '.join(rows)}")
         if rows[name].training(claim.task) is None:

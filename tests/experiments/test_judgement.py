@@ -50,6 +50,20 @@ def test_a_gain_in_every_seed_confirms_and_a_loss_in_every_seed_refutes(tmp_path
         assert json.loads(json.dumps(found.to_json()))["differences"]["1"]["low"] == found.differences[1].low
 
 
+def test_a_gain_larger_than_another(tmp_path: Path) -> None:
+    """The pair on the right gains 0.02 in every seed: more than that holds, as much does not."""
+    (tmp_path / "young").mkdir()
+    young = [replace(one, row=f"young {one.row}") for one in outcomes(tmp_path / "young", (0.02, 0.02, 0.02))]
+    claim = replace(CLAIM, beyond=("young four", "young one"))
+    for name, gains, expected in (("more", (0.05, 0.03, 0.04), "confirmed"), ("less", (0.0,) * 3, "refuted")):
+        (tmp_path / name).mkdir()
+        found = judge(claim, [*outcomes(tmp_path / name, gains), *young], draws=100)
+        assert found.verdict == expected
+        assert found.differences[1].estimate == pytest.approx(gains[1] - 0.02)
+        assert found.to_json()["rows"] == ["four", "one", "young four", "young one"]
+    assert str(claim) == "four > one, by more than young four > young one (ours)"
+
+
 def test_what_is_not_there_in_every_seed_stays_open(tmp_path: Path) -> None:
     found = judge(CLAIM, outcomes(tmp_path, (0.05, 0.05, 0.05, 0.05), lacking=1), draws=50)
     assert found.verdict == "open"

@@ -51,7 +51,7 @@ def test_every_row_can_be_read_from_a_store_and_has_the_papers_figures(
             assert row.training(task) is not None or not figures
             assert set(figures) <= set(METRICS[task])
     told = [row for row in table.rows if any(row.paper.values())]
-    assert len(told) >= len(table.rows) / 2
+    assert len(told) > len(table.rows) / 3
 
 
 @pytest.mark.parametrize("recipe", OURS, ids=name)
