@@ -92,7 +92,7 @@ def table(world: World) -> Table:
         rows=tuple(Row(name=name, trainings=trainings, paper={}) for name, trainings in rows.items()),
         claims=tuple(claim for pair in CLAIMS for claim in claims(*pair)),
         notes=(
-            "Without prompts, as on scenes by default, cross-attention is attention to end and padding tokens.",
+            "Without prompts, the default on scenes, cross-attention is attention to end and padding tokens.",
             f"Best single t: {', '.join(f'{task} {t:g}' for task, t in BEST.items())}, fixed before the run.",
             "Four draws, and one t four times, have exactly the parameters of four timesteps; plain mean, "
             "side by side, VAE latent and U-Net have others, and each map beside adds a few, at equal steps.",
