@@ -13,6 +13,7 @@ export OMP_WAIT_POLICY = PASSIVE
 TABLES := timesteps controls growth 05 04 10 14 readings
 RECIPES := $(TABLES:%=pipelines/table_%.py) pipelines/tables_11_13.py
 EXPERIMENT_ARGS ?=
+WORLD := runs/tables-scenes-flux-scenes
 # One process fills one core, not two: without a GPU as many go side by side as there are cores.
 WORKERS ?= $(if $(shell command -v nvidia-smi),,--workers $(shell nproc))
 # By the recipe of the bundled weights, which is the one for a CPU: that for a GPU takes more and larger steps.
@@ -57,12 +58,12 @@ data/backbones/flux-scenes-%: $(VENV)/.installed
 experiments: $(VENV)/.installed $(YOUNGER)
 	$(BIN)/mmdiff-cache table $(RECIPES) --dataset scenes $(WORKERS) $(EXPERIMENT_ARGS)
 	$(BIN)/mmdiff-cache extract --config pipelines/concept_maps.py
-	$(BIN)/python pipelines/concept_maps.py data/scenes/flux-scenes-words --out runs/concept-maps
+	$(BIN)/python pipelines/concept_maps.py data/scenes/flux-scenes-words --out $(WORLD)/concept-maps
 	for age in random 10 30; do $(BIN)/mmdiff-cache extract --config pipelines/concept_maps.py \
 		--backbone data/backbones/flux-scenes-$$age --store data/scenes/flux-scenes-$$age-words && \
-		$(BIN)/python pipelines/concept_maps.py data/scenes/flux-scenes-$$age-words --out runs/concept-maps-$$age || exit; done
+		$(BIN)/python pipelines/concept_maps.py data/scenes/flux-scenes-$$age-words --out $(WORLD)/concept-maps-$$age || exit; done
 	for task in segmentation saliency depth; do $(BIN)/python pipelines/fusion_weights.py --task $$task --row "four timesteps" \
-		--table runs/tables-scenes-flux-scenes/table-timesteps/results.json --out runs/fusion-weights/$$task || exit; done
+		--table $(WORLD)/table-timesteps/results.json --out $(WORLD)/fusion-weights-$$task || exit; done
 
 # Whether all of it runs: a few steps on a few scenes, without the younger backbones.
 experiments-quick: $(VENV)/.installed

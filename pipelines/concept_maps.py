@@ -7,7 +7,8 @@
 Claims, fixed before any run: averaged over the words of a vocabulary, the AP of the maps is higher than that
 of other pictures' maps (shuffled), of a blob in the middle and of words that name nothing; confirmed
 where the 95 % interval of the paired bootstrap over pictures lies above zero. All timesteps
-together, then each alone. Writes scores.json and table.md.
+together, then each alone. Writes scores.json, table.md and results.json, from which
+the page of a world's claims takes them if `--out` lies beside its tables.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from mmdiff_cache.config import ExtractConfig, data_folder
 from mmdiff_cache.datasets.concepts import PRESETS
 from mmdiff_cache.experiments.concept_maps import ConceptMapScores, concept_map_scores
 from mmdiff_cache.experiments.concept_masks import named_mask
+from mmdiff_cache.experiments.page import Tested, write_claims
 from mmdiff_cache.experiments.statistics import verdict
 from mmdiff_cache.store.reader import Store, open_store
 from mmdiff_cache.training.evaluate import pick_split
@@ -64,6 +66,16 @@ def main() -> None:
     asked.out.mkdir(parents=True, exist_ok=True)
     (asked.out / "scores.json").write_text(json.dumps({name: one.to_json() for name, one in found.items()}))
     (asked.out / "table.md").write_text("\n".join(texts))
+    write_claims(
+        asked.out,
+        f"Concept maps of {store.path.name}",
+        f"python pipelines/concept_maps.py {asked.store} --out {asked.out}",
+        [
+            Tested(claim=f"maps > {control}", task=name, metric="AP, mean over words", differences=[gain])
+            for name, one in found.items()
+            for control, gain in one.mean.gains.items()
+        ],
+    )
     print("\n".join(texts))  # noqa: T201
 
 

@@ -7,11 +7,14 @@
 Claims, fixed before any run, on the mean over layers: the mean t of a token, sum over T of w_t t, is smaller
 at edges than inside (Sec. 3.1: boundaries need the precision of late timesteps), and by more than at the
 edges of other pictures; confirmed where the 95 % interval of the paired bootstrap over pictures lies on that
-side in every seed. Writes table.md, scores.json, plot.png, and examples.png of the first run.
+side in every seed. Writes table.md, scores.json, plot.png, results.json (for the page of a world's
+claims, beside whose tables `--out` may lie), and examples.png of the first run.
 """
 
 import argparse
 import json
+import shlex
+import sys
 from pathlib import Path
 
 from mmdiff_cache.errors import ConfigError, MMDiffError
@@ -24,6 +27,8 @@ from mmdiff_cache.experiments.fusion_report import (
     verdict_words,
 )
 from mmdiff_cache.experiments.fusion_weights import FusionWeights, fusion_weights, open_weighed
+from mmdiff_cache.experiments.judgement import SEEDS
+from mmdiff_cache.experiments.page import Tested, write_claims
 from mmdiff_cache.visuals.panels import draw_sheet, save_png
 
 EXAMPLES = 6
@@ -61,6 +66,15 @@ def measure(
     (out / "scores.json").write_text(json.dumps(scores))
     (out / "table.md").write_text(markdown(found))
     draw(found, out / "plot.png")
+    write_claims(
+        out,
+        f"Fusion weights at edges and inside, {found[0].task}",
+        shlex.join(["python", *sys.argv]),
+        [
+            Tested(claim=claim, task=found[0].task, metric="mean t", differences=gains, runs=SEEDS)
+            for claim, gains in claims(found).items()
+        ],
+    )
     return found
 
 

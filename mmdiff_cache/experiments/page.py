@@ -3,16 +3,53 @@
 import json
 import shlex
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from mmdiff_cache.errors import ConfigError
 from mmdiff_cache.experiments.report import RESULTS, as_markdown, score_title
-from mmdiff_cache.experiments.statistics import Difference
+from mmdiff_cache.experiments.statistics import Difference, verdict
 from mmdiff_cache.training import checkpoint
 
 CLAIMS = "claims.md"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tested:
+    """A claim that no row of a table stands for."""
+
+    claim: str
+    task: str
+    """What it is tested on, before the name of the score."""
+    metric: str
+    differences: Sequence[Difference]
+    """Positive where it holds; a line a run, or the only one."""
+    runs: int = 1
+    """How many it takes for a verdict."""
+
+
+def write_claims(out: Path, title: str, command: str, tested: Sequence[Tested]) -> None:
+    """Leave claims in `out` as a table leaves its own, and write the page above again, if there is one."""
+    claims = [
+        {
+            "claim": one.claim,
+            "rows": [],
+            "task": one.task,
+            "metric": one.metric,
+            "paper": None,
+            "reason": f"a verdict takes {one.runs} seeds, there are {len(one.differences)}",
+            "verdict": verdict(one.differences) if len(one.differences) >= one.runs else "open",
+            "differences": {str(number): asdict(found) for number, found in enumerate(one.differences)},
+        }
+        for one in tested
+    ]
+    result = {"title": title, "command": command, "whole": True, "claims": claims}
+    out.mkdir(parents=True, exist_ok=True)
+    checkpoint.write_json(out / RESULTS, result, "--out")
+    if (out.parent / CLAIMS).exists():
+        write_page(out.parent)
 
 
 def write_page(folder: Path) -> Path:
@@ -54,7 +91,12 @@ def _section(values: Mapping[str, Any]) -> str:
     """One table's claims."""
     lines: list[list[str]] = []
     for claim in values["claims"]:
-        asked = [word for row in claim["rows"] for word in ("--row", row)] + ["--task", claim["task"]]
+        asked = [word for row in claim["rows"] for word in ("--row", row)]
+        again = (
+            f"{values['command']} {shlex.join([*asked, '--task', claim['task']])}"
+            if asked
+            else values["command"]
+        )
         paper, gains = claim["paper"], claim["differences"].values()
         lines.append(
             [
@@ -63,7 +105,7 @@ def _section(values: Mapping[str, Any]) -> str:
                 "-" if paper is None else f"{paper:+.3f}",
                 "\n".join(str(Difference(**gain)) for gain in gains) or claim["reason"],
                 f"**{_verdict(claim)}**",
-                f"`{values['command']} {shlex.join(asked)}`",
+                f"`{again}`",
             ]
         )
     titles = ["claim", "score", "paper", "gain by seed [95 % interval]", "verdict", "again"]
