@@ -20,7 +20,7 @@ from mmdiff_cache.config import ExtractConfig, data_folder
 from mmdiff_cache.datasets.concepts import PRESETS
 from mmdiff_cache.experiments.concept_maps import ConceptMapScores, concept_map_scores
 from mmdiff_cache.experiments.concept_masks import named_mask
-from mmdiff_cache.experiments.page import Tested, write_claims
+from mmdiff_cache.experiments.page import OtherClaim, write_claims
 from mmdiff_cache.experiments.statistics import verdict
 from mmdiff_cache.store.reader import Store, open_store
 from mmdiff_cache.training.evaluate import pick_split
@@ -71,7 +71,7 @@ def main() -> None:
         f"Concept maps of {store.path.name}",
         f"python pipelines/concept_maps.py {asked.store} --out {asked.out}",
         [
-            Tested(claim=f"maps > {control}", task=name, metric="AP, mean over words", differences=[gain])
+            OtherClaim(claim=f"maps > {control}", task=name, metric="AP, mean over words", differences=[gain])
             for name, one in found.items()
             for control, gain in one.mean.gains.items()
         ],

@@ -28,7 +28,7 @@ from mmdiff_cache.experiments.fusion_report import (
 )
 from mmdiff_cache.experiments.fusion_weights import FusionWeights, fusion_weights, open_weighed
 from mmdiff_cache.experiments.judgement import SEEDS
-from mmdiff_cache.experiments.page import Tested, write_claims
+from mmdiff_cache.experiments.page import OtherClaim, write_claims
 from mmdiff_cache.visuals.panels import draw_sheet, save_png
 
 EXAMPLES = 6
@@ -71,7 +71,7 @@ def measure(
         f"Fusion weights at edges and inside, {found[0].task}",
         shlex.join(["python", *sys.argv]),
         [
-            Tested(claim=claim, task=found[0].task, metric="mean t", differences=gains, runs=SEEDS)
+            OtherClaim(claim=claim, task=found[0].task, metric="mean t", differences=gains, runs=SEEDS)
             for claim, gains in claims(found).items()
         ],
     )

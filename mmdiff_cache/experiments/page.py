@@ -17,7 +17,7 @@ CLAIMS = "claims.md"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Tested:
+class OtherClaim:
     """A claim that no row of a table stands for."""
 
     claim: str
@@ -30,7 +30,7 @@ class Tested:
     """How many it takes for a verdict."""
 
 
-def write_claims(out: Path, title: str, command: str, tested: Sequence[Tested]) -> None:
+def write_claims(out: Path, title: str, command: str, tested: Sequence[OtherClaim]) -> None:
     """Leave claims in `out` as a table leaves its own, and write the page above again, if there is one."""
     claims = [
         {
