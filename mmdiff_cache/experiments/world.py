@@ -77,7 +77,7 @@ class World:
     prompts: Mapping[str, str] = field(default_factory=dict[str, str])
     """Rule of the prompts by data set; empty ones where there is none."""
     ends: int = 0
-    """Of the backbone's layers so many are left out at either end."""
+    """Of the backbone's layers so many are left out at either end, where any are left then."""
     shape: str | None = None
     """Whose layers and timesteps are read; the backbone's own by default."""
 
@@ -149,7 +149,7 @@ class World:
         )
 
     def _between(self, layers: tuple[str, ...]) -> tuple[str, ...]:
-        return layers[self.ends : len(layers) - self.ends]
+        return layers[self.ends : len(layers) - self.ends] or layers
 
     def _read(self, source: str | None) -> dict[str, Any]:
         """What is read of a store; an encoder has layers of its own, and no timesteps."""

@@ -242,7 +242,7 @@ def test_the_recipe_writes_its_files(
         monkeypatch.setattr("sys.argv", ["fusion_weights.py", *asked, "--out", str(tmp_path / out)])
         recipe.main()
         names = {file.name for file in (tmp_path / out).iterdir()}
-        assert names == {"table.md", "scores.json", "plot.png", "examples.png"}
+        assert names == {"table.md", "scores.json", "plot.png", "examples.png", "results.json"}
         written.append((tmp_path / out / "table.md").read_text())
         assert written[-1] in capsys.readouterr().out
         scores = json.loads((tmp_path / out / "scores.json").read_text())

@@ -102,7 +102,8 @@ def test_the_files_say_the_same(plan: TablePlan, bar: Bar) -> None:
     checks = [read_metrics(folder)[-1]["held_out"]["ema"]["abs_rel"] for folder in four.runs.values()]
     assert four.curve[-1] == (2, pytest.approx(sum(checks) / 2))
     assert four.parameters == sum(value.numel() for value in model_for_run(four.runs[0]).parameters())
-    assert f"{four.parameters:,} | {four.curve[-1][1] - four.curve[0][1]:+.4f} |" in text
+    last, change = four.curve[-1][1], four.curve[-1][1] - four.curve[0][1]
+    assert f"{four.parameters:,} | {last:.4f} ({change:+.4f}) |" in text
     assert f"| {DINO} | not run | - |" in text
     assert "- something to know" in text
     assert f"- {BROKEN} (depth): decoder must be one of" in text

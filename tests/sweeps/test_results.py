@@ -86,7 +86,7 @@ def test_counts_are_no_scores_and_the_protocol_is_told(learnable_store: Path, sw
     assert len(result.table.protocols) == 2
     assert "held-out: samples of the training split" in result.table.protocols[0]
     folder = plan_sweep(seeds(learnable_store), result.path).runs[0].folder
-    expected = f"depth on blocks test, features of flux-scenes, prompts empty: {evaluate(folder).protocol}"
+    expected = f"depth on blocks test, features of flux-tiny, prompts empty: {evaluate(folder).protocol}"
     assert result.table.protocols[1] == expected
     assert expected in (result.path / "table.md").read_text()
 

@@ -72,11 +72,17 @@ def test_raw_averaged_and_best_weights(trained: Callable[[str], Run]) -> None:
 
 def test_the_best_weights_are_of_their_own_step(learnable_store: Path, tmp_path: Path) -> None:
     changes = {"steps": 30, "checks": 15, "learning_rate": 0.3, "holdout": 0.5}
-    run = train(small_config(learnable_store, tmp_path / "run", **changes))
-    held_out = {
-        line["step"]: line["held_out"]["ema"]["miou"] for line in read_metrics(run.path) if "held_out" in line
-    }
-    best = max(held_out, key=lambda step: (held_out[step], -step))
+    best = 30
+    for seed in range(10):  # at such a rate the last step is seldom the best, yet sometimes it is
+        run = train(small_config(learnable_store, tmp_path / f"run-{seed}", seed=seed, **changes))
+        held_out = {
+            line["step"]: line["held_out"]["ema"]["miou"]
+            for line in read_metrics(run.path)
+            if "held_out" in line
+        }
+        best = max(held_out, key=lambda step: (held_out[step], -step))
+        if best < 30:
+            break
     assert best < 30
     assert (evaluate(run).step, evaluate(run, weights="best").step) == (30, best)
     assert f"{best} steps" in str(evaluate(run, weights="best"))
