@@ -96,10 +96,7 @@ def evaluate(
     result = dataclasses.replace(
         _evaluation(run, dataset, entry, way, found[weights]),
         other_weights={name: scores[name] for name in predictors if name != weights},
-        baselines={
-            **{name: scores[name] for name in simple},
-            **trained,
-        },
+        baselines={**{name: scores[name] for name in simple}, **trained},
         untrained=tuple(name for name in trained_for(run.config) if name not in trained),
         export=None if export is None else str(export),
     )
